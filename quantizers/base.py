@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +47,13 @@ class Quantizer(Configurable):
     Attributes:
         dim: D, the size of one latent.
         codebook_sizes: number of codes of each of the G sub-codes.
+        default_loss_weights: published weight of every loss that :meth:`forward` returns; a training objective may
+            override them.
     """
 
     dim: int
     codebook_sizes: tuple[int, ...]
+    default_loss_weights: Mapping[str, float] = {}
 
     @property
     def num_subcodes(self) -> int:

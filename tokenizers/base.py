@@ -337,9 +337,7 @@ class Tokenizer(Configurable):
                 f"got {size[0]}x{size[1]}"
             )
         if size[0] % self.stride or size[1] % self.stride:
-            raise ValueError(
-                f"image height and width must be divisible by {self.stride}; got {size[0]}x{size[1]}"
-            )
+            raise ValueError(f"image height and width must be divisible by {self.stride}; got {size[0]}x{size[1]}")
 
     def save_pretrained(self, path: str | Path, **metadata: Any) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card; see :func:`vistok.hub.save.save`."""

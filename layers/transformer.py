@@ -1,0 +1,69 @@
+"""Pre-norm transformer blocks with fused projections and scaled-dot-product attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions, with biases.
+
+    Args:
+        width: D, a multiple of ``heads``.
+        heads: number of heads.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width must be a multiple of heads; got {width} and {heads}")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(x.transpose(1, 2).flatten(2))  # (B, N, D)
+
+
+class MLP(nn.Sequential):
+    """Linear, exact GELU, Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: attention and MLP, each on a residual branch.
+
+    Args:
+        width: D.
+        heads: number of attention heads.
+        mlp_ratio: hidden width of the MLP in multiples of D.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mlp_ratio * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Initialise as TiTok (arXiv:2406.07550) does: truncated normal of std 0.02, Xavier for fused q, k, v, zero biases.
+
+    Use as ``module.apply(init_transformer)``.
+    """
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, Attention):
+        nn.init.xavier_uniform_(module.qkv.weight)

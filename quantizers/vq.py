@@ -1,0 +1,122 @@
+"""Vector quantization with a gradient-trained codebook (VQ-VAE, arXiv:1711.00937).
+
+Each latent becomes its nearest code. The codebook learns from a codebook loss, the encoder from a commitment loss and,
+straight through the code, from everything behind the quantizer. With ``l2_normalize`` latents and codes live on the unit
+sphere, as in ViT-VQGAN (arXiv:2110.04627) and LlamaGen (arXiv:2406.06525); together with a low dimension that keeps far
+more codes alive. The parameter is stored un-normalised, as the published checkpoints are.
+
+Both losses are means over all elements (tokens and dimensions) of the kept positions. Where published code weights the
+codebook loss by beta instead of the commitment loss (taming-transformers' default), that is a choice of loss weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Quantized, Quantizer
+from .estimators import straight_through
+from .search import full_precision, nearest_codes, search_dtype
+
+
+class VectorQuantizer(Quantizer):
+    """Nearest-code quantizer with straight-through gradient.
+
+    Args:
+        codebook_size: K, the number of codes.
+        dim: D, the size of a code.
+        l2_normalize: compare, return and train unit vectors.
+
+    Shape:
+        latents ``(B, *S, D)``, indices ``(B, *S, 1)``. Computes in float32 (float64 latents: float64) and returns codes
+        in that dtype, also under autocast.
+    """
+
+    default_loss_weights = {"commitment": 0.25, "codebook": 1.0}
+
+    def __init__(self, codebook_size: int, dim: int, l2_normalize: bool = False) -> None:
+        super().__init__()
+        if codebook_size < 1 or dim < 1:
+            raise ValueError(f"codebook_size and dim must be positive; got {codebook_size} and {dim}")
+        self.dim = dim
+        self.codebook_sizes = (codebook_size,)
+        self.l2_normalize = l2_normalize
+        self.codebook = nn.Parameter(torch.empty(codebook_size, dim))
+        nn.init.uniform_(self.codebook, -1 / codebook_size, 1 / codebook_size)
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
+        self.check_latents(z, mask)
+        with torch.autocast(z.device.type, enabled=False):
+            latents = self._latents(z, mask)  # (n, D)
+            keep = None if mask is None else mask.reshape(-1)
+            found = nearest_codes(latents, self._all_codes())  # (n,)
+            codes = self._codes(found)  # (n, D)
+            losses = {
+                "commitment": _mean_square(latents, codes.detach(), keep),
+                "codebook": _mean_square(latents.detach(), codes, keep),
+            }
+            quantized = straight_through(latents, codes)
+            used = torch.ones_like(found) if keep is None else keep.to(torch.int64)
+            counts = torch.zeros(len(self.codebook), dtype=torch.int64, device=z.device).scatter_add_(0, found, used)
+            if keep is not None:
+                quantized = quantized.masked_fill(~keep.unsqueeze(1), 0)
+                found = found.masked_fill(~keep, -1)
+        return Quantized(quantized.view(z.shape), found.view(*z.shape[:-1], 1), losses, {"counts": counts})
+
+    @torch.no_grad()
+    def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.check_latents(z, mask)
+        found = nearest_codes(self._latents(z, mask), self._all_codes()).view(z.shape[:-1])
+        if mask is not None:
+            found = found.masked_fill(~mask, -1)
+        return found.unsqueeze(-1)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        self.check_indices(indices)
+        flat = indices.reshape(-1)
+        codes = self._codes(flat.clamp(min=0)).masked_fill((flat < 0).unsqueeze(1), 0)
+        return codes.view(*indices.shape[:-1], self.dim)
+
+    @torch.no_grad()
+    def neighbours(self, indices: Tensor, k: int) -> Tensor:
+        self.check_indices(indices)
+        if not 1 <= k <= len(self.codebook):
+            raise ValueError(f"k must lie between 1 and the codebook size {len(self.codebook)}; got {k}")
+        with full_precision(indices.device):
+            codes = self._all_codes()
+            flat = indices.reshape(-1)
+            wanted, where = flat.clamp(min=0).unique(return_inverse=True)
+            rows = max(1, (1 << 22) // len(codes))
+            nearest = []
+            for block in wanted.split(rows):
+                distances = torch.cdist(codes[block], codes, compute_mode="donot_use_mm_for_euclid_dist")  # (n, K)
+                distances[torch.arange(len(block), device=block.device), block] = -1  # a duplicate cannot go first
+                nearest.append(distances.topk(k, largest=False).indices)
+        found = torch.cat(nearest)[where].masked_fill((flat < 0).unsqueeze(1), -1)
+        return found.view(*indices.shape[:-1], k, 1)
+
+    def _latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
+        """``(B, *S, D)`` -> ``(n, D)`` in the search's dtype; dropped positions become zero, whatever they held."""
+        if mask is not None:
+            z = z.masked_fill(~mask.unsqueeze(-1), 0)
+        z = z.reshape(-1, self.dim).to(search_dtype(z))
+        return F.normalize(z, dim=1) if self.l2_normalize else z
+
+    def _codes(self, flat: Tensor) -> Tensor:
+        """Codes ``(n, D)`` of valid indices ``(n,)``."""
+        codes = F.embedding(flat, self.codebook)
+        return F.normalize(codes, dim=1) if self.l2_normalize else codes
+
+    def _all_codes(self) -> Tensor:
+        codebook = self.codebook.detach()
+        return F.normalize(codebook, dim=1) if self.l2_normalize else codebook
+
+
+def _mean_square(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
+    """Mean of the squared difference over all elements of the kept rows; 0 if none is kept."""
+    square = (a - b).square()
+    if keep is None:
+        return square.mean()
+    square = square * keep.unsqueeze(1)
+    return square.sum() / (keep.sum().clamp(min=1) * a.shape[1])
