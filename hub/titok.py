@@ -57,8 +57,9 @@ def read(
     if model.get("quantize_mode", "vq") != "vq":
         raise ValueError(f"quantize_mode {model['quantize_mode']!r} is not discrete; only 'vq' is supported")
     for side in ("encoder", "decoder"):
-        size = model[f"vit_{side[:3]}_model_size"]
-        overrides.setdefault(f"{side}_size", _size(state, side, size, architecture))
+        if f"{side}_size" not in overrides:
+            name = model[f"vit_{side[:3]}_model_size"]
+            overrides[f"{side}_size"] = _size(state, side, name, architecture)
     tokenizer = TiTok(
         VectorQuantizer(model["codebook_size"], model["token_size"], bool(model.get("use_l2_norm", False))),
         image_size=config["dataset"]["preprocessing"]["crop_size"],

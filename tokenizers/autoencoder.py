@@ -27,7 +27,7 @@ class AutoencoderTokenizer(Tokenizer):
         decoder: quantized latents to image.
         regularizers: act on the quantized latents in training, in this order.
         image_size: native side or ``(H, W)`` for encoders that take any size; an encoder of fixed size brings its own.
-        pixel_range: the range that [0, 1] images are mapped to for the encoder, and the decoder's output is mapped from.
+        pixel_range: encoder and decoder work in this range; [0, 1] images are mapped to it and back.
         projections: linear layers around the quantizer: ``auto`` where dimensions differ, ``always`` (VQGAN).
 
     Raises:
@@ -75,8 +75,11 @@ class AutoencoderTokenizer(Tokenizer):
 
     @property
     def default_loss_weights(self) -> Mapping[str, float]:
-        """Published weight of every loss in ``forward(...).losses``."""
         return self.quantizer.default_loss_weights
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        return self.quantizer.codebook_sizes
 
     def layout(self, image_size: tuple[int, int] | None = None) -> tuple[Stream, ...]:
         size = self.image_size if image_size is None else image_size
@@ -136,7 +139,6 @@ class AutoencoderTokenizer(Tokenizer):
         return images.clamp(0, 1) if clamp else images
 
     def after_load(self) -> None:
-        """Bring loaded weights into the memory layout that the parts run in."""
         for part in (self.encoder, self.decoder):
             if getattr(part, "channels_last", False):
                 part.to(memory_format=torch.channels_last)

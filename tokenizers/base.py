@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +284,19 @@ class TokenizerOutput:
 
 class Tokenizer(Configurable):
     """Base class of all tokenizers: images to tokens and back."""
+
+    @property
+    def default_loss_weights(self) -> Mapping[str, float]:
+        """Published weight of every loss in ``forward(...).losses``."""
+        return {}
+
+    @property
+    @abstractmethod
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """The codebooks that ``forward(...).statistics["counts"]`` counts, one after another."""
+
+    def after_load(self) -> None:
+        """Called once loaded weights are in place, for parts that keep them in a memory layout of their own."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tokens:

@@ -1,0 +1,199 @@
+"""The LightningModule that trains every tokenizer.
+
+One optimizer and automatic optimisation, so gradient clipping, accumulation, checkpoints and ``global_step`` mean what
+they say. Nothing in a step waits for the device and nothing is reduced over ranks, except at logging steps.
+
+A run is a function of its configuration and seed alone: every batch reseeds the generators from (seed, epoch, batch,
+rank), so a resumed run draws what the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..eval.codebook import codebook_statistics
+from ..eval.reconstruction import psnr
+from ..layers.conv import Level, Middle
+from ..layers.transformer import Block
+from ..tokenizers.base import Tokenizer
+from .ema import ema_copy, ema_decay, ema_update
+from .objectives import Objective, ObjectiveOutput
+from .optimization import Optimization
+
+CHECKPOINT_VERSION = 1
+Batch = dict[str, Any]
+
+
+class TokenizerTraining(pl.LightningModule):
+    """A tokenizer, what it minimises, and how.
+
+    Args:
+        tokenizer: the model.
+        objective: what a step minimises.
+        optimizer: AdamW and its schedule.
+        ema_decay: decay of the moving average of the weights that validation and export use; ``None`` for none.
+        compile: compile the blocks of encoder and decoder with ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        objective: Objective,
+        optimizer: Optimization = Optimization(),  # noqa: B008 -- jsonargparse reads the defaults off it; not mutated
+        ema_decay: float | None = 0.999,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1) or be None; got {ema_decay}")
+        self.tokenizer = tokenizer
+        self.objective = objective
+        self.optimization = optimizer
+        self.ema_decay = ema_decay
+        self.ema_tokenizer = None if ema_decay is None else ema_copy(tokenizer)
+        self.compile_blocks = compile
+        self.resolved_config = ""
+        self.validated_at: tuple[int, dict[str, float]] | None = None
+        self._counts: Tensor | None = None
+        self._images_seen, self._clock = 0, 0.0
+
+    @property
+    def averaged(self) -> Tokenizer:
+        """The tokenizer that validation and export use: the moving average if there is one."""
+        return self.tokenizer if self.ema_tokenizer is None else self.ema_tokenizer
+
+    def configure_model(self) -> None:
+        if self.compile_blocks:
+            self.compile_blocks = False  # Lightning calls this hook again for every trainer
+            for module in self.tokenizer.modules():
+                if isinstance(module, (Block, Level, Middle)):
+                    module.compile()
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        # Lightning refuses to clip gradients that a fused optimizer unscales itself, as it does under fp16.
+        fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
+        total_steps = self.trainer.estimated_stepping_batches
+        optimizer, scheduler = self.optimization.build(self, total_steps, fused)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema_tokenizer is not None:
+            # Here and not at the end of the batch: checkpoints are written before the module's own hook there.
+            ema_update(self.ema_tokenizer, self.tokenizer, ema_decay(self.global_step, self.ema_decay))
+
+    def on_train_start(self) -> None:
+        self._images_seen, self._clock = 0, time.perf_counter()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        entropy = np.random.SeedSequence([seed, self.current_epoch, batch_idx, self.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images = _pixels(batch)
+        result = self.objective(self.tokenizer, images, self.global_step)
+        counts = result.output.statistics.get("counts")
+        if counts is not None:
+            self._counts = counts if self._counts is None else self._counts + counts
+        self._images_seen += len(images)
+        if self._is_logging_step(batch_idx):
+            self._log_training(result, images)
+        return result.loss
+
+    def _is_logging_step(self, batch_idx: int) -> bool:
+        """Whether the optimizer step that this batch completes is one to log."""
+        completes = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        return completes and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    @torch.no_grad()
+    def _log_training(self, result: ObjectiveOutput, images: Tensor) -> None:
+        values = {"loss": result.loss.detach(), **result.terms}
+        if result.reconstruction is not None:
+            values["psnr"] = psnr(result.reconstruction, images).mean()
+        values = {name: self.trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in values.items()}
+        if self._counts is not None:
+            counts = self.trainer.strategy.reduce(self._counts, reduce_op="sum")
+            values |= codebook_statistics(counts, self.tokenizer.codebook_sizes)
+            self._counts = None
+        now = time.perf_counter()
+        values["images/s"] = self._images_seen * self.trainer.world_size / max(now - self._clock, 1e-9)
+        self._images_seen, self._clock = 0, now
+        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict({f"train/{name}": value for name, value in values.items()})
+        bar = {name: values[name] for name in ("loss", "psnr", "usage", "images/s") if name in values}
+        self.log_dict(bar, prog_bar=True, logger=False)
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        images = _pixels(batch)
+        tokenizer = self.averaged.eval()
+        result = self.objective(tokenizer, images, self.global_step)
+        n = torch.tensor(float(len(images)), device=self.device)
+        sums = {"images": n, "loss": result.loss.detach().float() * n}
+        sums |= {name: value.float() * n for name, value in result.terms.items()}
+        if result.reconstruction is not None:
+            sums["psnr"] = psnr(result.reconstruction, images).sum()
+        if "counts" in result.output.statistics:
+            sums["counts"] = result.output.statistics["counts"]
+        for name, value in sums.items():
+            self._sums[name] = value.double() + self._sums.get(name, 0)
+        return {"images": images, "reconstructions": result.reconstruction}
+
+    def on_validation_epoch_end(self) -> None:
+        sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
+        if not sums or self.trainer.sanity_checking:
+            return
+        counts, images = sums.pop("counts", None), sums.pop("images")
+        values = {name: value / images for name, value in sums.items()}
+        if counts is not None:
+            values |= codebook_statistics(counts, self.tokenizer.codebook_sizes)
+        metrics = {f"val/{name}": float(value) for name, value in values.items()} | {"val/images": float(images)}
+        self.validated_at = (self.global_step, metrics)
+        self.log_dict(metrics, sync_dist=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["vistok"] = {
+            "format_version": CHECKPOINT_VERSION,
+            "vistok_version": __version__,
+            "tokenizer": json.dumps(self.tokenizer.config),
+            "config": self.resolved_config,
+            "global_step": self.global_step,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "vistok" not in checkpoint:
+            raise ValueError("this checkpoint was not written by a Vistok training run")
+        stored = json.loads(checkpoint["vistok"]["tokenizer"])
+        differences = list(_differences(stored, self.tokenizer.config))
+        if differences:
+            raise ValueError(f"the checkpoint holds another tokenizer than the config: {'; '.join(differences[:5])}")
+
+
+def _pixels(batch: Batch) -> Tensor:
+    """uint8 images, already on the device, to float in [0, 1]."""
+    return batch["image"].to(torch.float32).div_(255)
+
+
+def _differences(stored: Any, current: Any, path: str = "tokenizer") -> Any:
+    """Yield ``path: stored -> current`` for every leaf in which two config trees differ."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        for key in sorted(set(stored) | set(current)):
+            yield from _differences(stored.get(key), current.get(key), f"{path}.{key}".replace(".init_args", ""))
+    elif stored != current:
+        yield f"{path}: {stored!r} in the checkpoint, {current!r} in the config"
