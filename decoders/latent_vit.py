@@ -53,7 +53,7 @@ class LatentViTDecoder(Decoder):
         self.norm_out = nn.LayerNorm(width)
         self.to_pixels = nn.Linear(width, 3 * patch_size**2)
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
-        self.apply(init_transformer)
+        init_transformer(self, width)
 
     def forward(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         batch, length = latents.shape[:2]

@@ -49,7 +49,7 @@ class LatentViTEncoder(Encoder):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
         self.out = nn.Linear(width, out_dim)
-        self.apply(init_transformer)
+        init_transformer(self, width)
 
     def num_tokens(self, image_size: tuple[int, int]) -> int:
         return len(self.latent_tokens)

@@ -2,7 +2,7 @@
 
 A folder holds ``config.json`` as its authors wrote it and the weights (``model.safetensors``, or a pickle that is read
 with ``weights_only=True``). The shape of the config tells the family; a family file maps the published names. Maps are
-strict in both directions: every published tensor is used or known to belong to training only, every parameter is filled.
+strict in both directions: every published tensor is used or belongs to training only, and every parameter is filled.
 
 Where an original fixes sizes in its source that neither config nor weights reveal (attention heads, say), they can be
 given as overrides, or stand in ``meta.json`` beside the config as ``arch.*`` entries.
@@ -47,10 +47,8 @@ def load_published(folder: str | Path, **overrides: Any) -> Tokenizer:
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     architecture = _architecture(folder / "meta.json")
-    for recognise, read in _FAMILIES.values():
-        if recognise(config):
-            break
-    else:
+    read = next((read for recognise, read in _FAMILIES.values() if recognise(config)), None)
+    if read is None:
         raise ValueError(
             f"{folder / 'config.json'} is neither a Vistok config nor one of a known family "
             f"({', '.join(_FAMILIES)}); its keys are {sorted(config)}"

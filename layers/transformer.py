@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+PUBLISHED_WIDTH = 512  # of the smallest TiTok
+
 
 class Attention(nn.Module):
     """Multi-head self-attention over all positions, with biases.
@@ -56,14 +58,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def init_transformer(module: nn.Module) -> None:
+def init_transformer(module: nn.Module, width: int) -> None:
     """Initialise as TiTok (arXiv:2406.07550) does: truncated normal of std 0.02, Xavier for fused q, k, v, zero biases.
 
-    Use as ``module.apply(init_transformer)``.
+    Below the published widths 0.02 is so little that the latents hardly depend on the image for thousands of steps;
+    there the std is ``fan_in ** -0.5``.
     """
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    if isinstance(module, Attention):
-        nn.init.xavier_uniform_(module.qkv.weight)
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            fan_in = layer.weight[0].numel()
+            nn.init.trunc_normal_(layer.weight, std=0.02 if width >= PUBLISHED_WIDTH else fan_in**-0.5)
+            nn.init.zeros_(layer.bias)
+    for layer in module.modules():
+        if isinstance(layer, Attention):
+            nn.init.xavier_uniform_(layer.qkv.weight)

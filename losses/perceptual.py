@@ -63,7 +63,7 @@ def _build_lpips(net: str, trunk: dict[str, Tensor]) -> nn.Module:
         warnings.simplefilter("ignore")  # torchvision warns about the arguments that lpips passes
         network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
     own = network.net.state_dict()
-    # lpips cuts torchvision's `features` into slices and keeps the layer numbers: slice3.10.weight is features.10.weight
+    # lpips cuts torchvision's `features` into slices and keeps layer numbers: slice3.10.weight is features.10.weight.
     state = {name: trunk.get(re.sub(r"^slice\d+\.", "features.", name)) for name in own}
     wrong = [name for name, value in state.items() if value is None or value.shape != own[name].shape]
     if wrong:
@@ -86,7 +86,8 @@ def _trunk_state(net: str, path: str | None) -> dict[str, Any]:
         try:
             return torch.hub.load_state_dict_from_url(_HOST + name, map_location="cpu", weights_only=True)
         except OSError as error:
-            raise FileNotFoundError(f"LPIPS needs the {net} trunk, which cannot be downloaded ({error}); {remedy}") from error
+            reason = f"LPIPS needs the {net} trunk, which cannot be downloaded ({error})"
+            raise FileNotFoundError(f"{reason}; {remedy}") from error
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -87,6 +87,13 @@ class Quantizer(Configurable):
     def neighbours(self, indices: Tensor, k: int) -> Tensor:
         """The ``k`` codes nearest to each given code, ``(B, *S, k, G)``, nearest first (the code itself leads)."""
 
+    def commit_update(self) -> None:
+        """Apply the state changes that training forward passes have gathered.
+
+        Called once after every optimizer step, on all ranks, so gradient accumulation, a second forward pass or
+        activation checkpointing count once.
+        """
+
     def check_latents(self, z: Tensor, mask: Tensor | None = None) -> None:
         """Raise if ``z`` is not floating ``(B, *S, dim)`` or ``mask`` not bool ``(B, *S)``."""
         if z.ndim < 2 or z.shape[-1] != self.dim:
@@ -101,7 +108,7 @@ class Quantizer(Configurable):
             raise ValueError(f"mask must have shape {tuple(z.shape[:-1])} to match z; got {tuple(mask.shape)}")
 
     def check_indices(self, indices: Tensor) -> None:
-        """Raise if ``indices`` is not int64 ``(B, *S, G)``. Ranges are checked where tokens enter: ``Tokens.validate``."""
+        """Raise if ``indices`` is not int64 ``(B, *S, G)``; ranges are checked by ``Tokens.validate``."""
         if indices.dtype != torch.int64:
             raise TypeError(f"indices must be int64; got {indices.dtype}")
         if indices.ndim < 2 or indices.shape[-1] != self.num_subcodes:

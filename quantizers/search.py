@@ -1,7 +1,7 @@
 """Nearest-code search in blocks.
 
-``argmin_k |z - e_k|^2`` equals ``argmax_k z.e_k - |e_k|^2 / 2``; the search runs over blocks of tokens and codes with one
-small buffer and a running maximum, so memory never grows with N x K. It computes in float32 (float64 for float64
+``argmin_k |z - e_k|^2`` equals ``argmax_k z.e_k - |e_k|^2 / 2``; the search runs over blocks of tokens and codes with
+one small buffer and a running maximum, so memory never grows with N x K. It computes in float32 (float64 for float64
 latents) whatever the autocast or the TF32 setting: in bfloat16 several per cent of the indices come out wrong.
 """
 

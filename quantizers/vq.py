@@ -1,23 +1,31 @@
 """Vector quantization with a gradient-trained codebook (VQ-VAE, arXiv:1711.00937).
 
 Each latent becomes its nearest code. The codebook learns from a codebook loss, the encoder from a commitment loss and,
-straight through the code, from everything behind the quantizer. With ``l2_normalize`` latents and codes live on the unit
-sphere, as in ViT-VQGAN (arXiv:2110.04627) and LlamaGen (arXiv:2406.06525); together with a low dimension that keeps far
-more codes alive. The parameter is stored un-normalised, as the published checkpoints are.
+straight through the code, from everything behind the quantizer. With ``l2_normalize`` latents and codes live on the
+unit sphere, as in ViT-VQGAN (arXiv:2110.04627) and LlamaGen (arXiv:2406.06525); together with a low dimension that
+keeps far more codes alive. The parameter is stored un-normalised, as the published checkpoints are.
 
 Both losses are means over all elements (tokens and dimensions) of the kept positions. Where published code weights the
 codebook loss by beta instead of the commitment loss (taming-transformers' default), that is a choice of loss weights.
+
+A small encoder that starts from nothing tends to use a handful of codes. ``restart_after`` moves every code that no
+rank has used for that many optimizer steps onto a latent of the present batch (random restart, as in Jukebox,
+arXiv:2005.00341). It needs no statistic that depends on the batch size, and a moved code gets as many steps to be
+used.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Quantized, Quantizer
 from .estimators import straight_through
 from .search import full_precision, nearest_codes, search_dtype
+
+RESTART_CANDIDATES = 256  # latents per rank and step that a dead code may move to
 
 
 class VectorQuantizer(Quantizer):
@@ -27,6 +35,7 @@ class VectorQuantizer(Quantizer):
         codebook_size: K, the number of codes.
         dim: D, the size of a code.
         l2_normalize: compare, return and train unit vectors.
+        restart_after: optimizer steps after which an unused code moves to a latent; never if ``None``.
 
     Shape:
         latents ``(B, *S, D)``, indices ``(B, *S, 1)``. Computes in float32 (float64 latents: float64) and returns codes
@@ -35,15 +44,28 @@ class VectorQuantizer(Quantizer):
 
     default_loss_weights = {"commitment": 0.25, "codebook": 1.0}
 
-    def __init__(self, codebook_size: int, dim: int, l2_normalize: bool = False) -> None:
+    def __init__(
+        self, codebook_size: int, dim: int, l2_normalize: bool = False, restart_after: int | None = None
+    ) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1:
             raise ValueError(f"codebook_size and dim must be positive; got {codebook_size} and {dim}")
+        if restart_after is not None and restart_after < 1:
+            raise ValueError(f"restart_after must be at least 1, or None; got {restart_after}")
         self.dim = dim
         self.codebook_sizes = (codebook_size,)
         self.l2_normalize = l2_normalize
         self.codebook = nn.Parameter(torch.empty(codebook_size, dim))
         nn.init.uniform_(self.codebook, -1 / codebook_size, 1 / codebook_size)
+        if l2_normalize:
+            # At the length that is used: an optimizer step would turn a far shorter vector around.
+            with torch.no_grad():
+                self.codebook.copy_(F.normalize(self.codebook, dim=1))
+        self.restart_after = restart_after
+        if restart_after is not None:
+            self.register_buffer("idle_steps", torch.zeros(codebook_size, dtype=torch.int64))
+        self._used: Tensor | None = None  # (K,) int64, codes used since the last optimizer step
+        self._candidates: tuple[Tensor, Tensor] | None = None  # (M, D) latents, (M,) whether each may be taken
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
         self.check_latents(z, mask)
@@ -59,6 +81,8 @@ class VectorQuantizer(Quantizer):
             quantized = straight_through(latents, codes)
             used = torch.ones_like(found) if keep is None else keep.to(torch.int64)
             counts = torch.zeros(len(self.codebook), dtype=torch.int64, device=z.device).scatter_add_(0, found, used)
+            if self.restart_after is not None and self.training and torch.is_grad_enabled():
+                self._gather(latents.detach(), keep, counts)
             if keep is not None:
                 quantized = quantized.masked_fill(~keep.unsqueeze(1), 0)
                 found = found.masked_fill(~keep, -1)
@@ -96,6 +120,33 @@ class VectorQuantizer(Quantizer):
         found = torch.cat(nearest)[where].masked_fill((flat < 0).unsqueeze(1), -1)
         return found.view(*indices.shape[:-1], k, 1)
 
+    def _gather(self, latents: Tensor, keep: Tensor | None, counts: Tensor) -> None:
+        """Note which codes were used, and some random latents that unused ones may move to."""
+        self._used = counts if self._used is None else self._used + counts
+        order = torch.rand(len(latents), device=latents.device)
+        if keep is not None:
+            order = order.masked_fill(~keep, -1)
+        score, chosen = order.topk(min(RESTART_CANDIDATES, len(latents)))
+        padding = RESTART_CANDIDATES - len(chosen)  # as many rows on every rank, whatever its batch holds
+        self._candidates = F.pad(latents[chosen], (0, 0, 0, padding)), F.pad(score >= 0, (0, padding))
+
+    @torch.no_grad()
+    def commit_update(self) -> None:
+        if self._used is None:
+            return
+        used, (latents, valid) = self._used, self._candidates
+        self._used = self._candidates = None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(used)
+            latents, valid = _gather_rows(latents), _gather_rows(valid)
+        # Everything below stays on the device: no code path depends on how many codes are dead.
+        idle = torch.where(used > 0, 0, self.idle_steps + 1)
+        dead = (idle >= self.restart_after) & valid.any()
+        latents = latents[valid.to(torch.int64).argsort(descending=True, stable=True)]
+        candidate = (dead.cumsum(0) - 1) % valid.sum().clamp(min=1)  # a different one each, as long as there are any
+        self.codebook.copy_(torch.where(dead.unsqueeze(1), latents[candidate].to(self.codebook.dtype), self.codebook))
+        self.idle_steps.copy_(torch.where(dead, 0, idle))
+
     def _latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
         """``(B, *S, D)`` -> ``(n, D)`` in the search's dtype; dropped positions become zero, whatever they held."""
         if mask is not None:
@@ -111,6 +162,13 @@ class VectorQuantizer(Quantizer):
     def _all_codes(self) -> Tensor:
         codebook = self.codebook.detach()
         return F.normalize(codebook, dim=1) if self.l2_normalize else codebook
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all ranks, rank after rank."""
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 def _mean_square(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:

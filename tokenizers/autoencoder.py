@@ -138,6 +138,9 @@ class AutoencoderTokenizer(Tokenizer):
         images = self.decode_latents(self.quantizer.decode(tokens.indices["image"]), stream.grid)
         return images.clamp(0, 1) if clamp else images
 
+    def commit_update(self) -> None:
+        self.quantizer.commit_update()
+
     def after_load(self) -> None:
         for part in (self.encoder, self.decoder):
             if getattr(part, "channels_last", False):

@@ -295,6 +295,9 @@ class Tokenizer(Configurable):
     def codebook_sizes(self) -> tuple[int, ...]:
         """The codebooks that ``forward(...).statistics["counts"]`` counts, one after another."""
 
+    def commit_update(self) -> None:
+        """Called once after every optimizer step; see :meth:`~vistok.quantizers.base.Quantizer.commit_update`."""
+
     def after_load(self) -> None:
         """Called once loaded weights are in place, for parts that keep them in a memory layout of their own."""
 

@@ -52,7 +52,9 @@ class RunCheckpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        # The last step is saved here too where it can be: afterwards Lightning counts an epoch cut short as finished,
+        # and a run that is extended would lose the rest of it.
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,6 +69,28 @@ class RunCheckpoints(Checkpoint):
         if trainer.is_global_zero and self.keep:
             for old in list_checkpoints(trainer.default_root_dir)[: -self.keep]:
                 trainer.strategy.remove_checkpoint(old)
+
+
+def finish_epoch(loops: dict[str, Any]) -> None:
+    """Let a checkpoint of the last batch of an epoch stand for the start of the next one, in place.
+
+    Lightning resumes such a checkpoint once, but counts the next epoch wrongly: one written at the end of that epoch
+    would resume with other data (seen in 2.6.6).
+
+    Args:
+        loops: the ``loops`` entry of a Lightning checkpoint.
+    """
+    fit = loops["fit_loop"]
+    batches = fit["epoch_loop.batch_progress"]
+    if not batches["is_last_batch"]:
+        return
+    if batches["total"]["completed"] < batches["total"]["ready"]:  # written in on_train_batch_end
+        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    batches["total"]["completed"] = batches["total"]["ready"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    for progress in fit["epoch_progress"].values():
+        progress.update(dict.fromkeys(progress, progress["ready"]))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

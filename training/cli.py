@@ -1,8 +1,9 @@
 """``train.py fit | validate | test``: LightningCLI over :class:`TokenizerTraining` and :class:`ImageData`.
 
 Everything a run writes lies in one folder, ``trainer.default_root_dir``: the resolved ``config.yaml``,
-``checkpoints/``, ``images/``, ``tensorboard/`` and, at the end, ``export/`` and ``metrics.json``. A new run never writes into the folder
-of an old one; ``--ckpt_path last`` continues the run that is there, or starts it if there is none.
+``checkpoints/``, ``images/``, ``tensorboard/`` and, at the end, ``export/`` and ``metrics.json``. A new run never
+writes into the folder of an old one; ``--ckpt_path last`` continues the run that is there, or starts it if there is
+none.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
@@ -76,7 +79,7 @@ class TokenizerCLI(LightningCLI):
             found = list_checkpoints(run_dir)
             config.ckpt_path = str(found[-1]) if found else None
             if not found and self.subcommand != "fit":
-                raise ValueError(f"ckpt_path is 'last', but {run_dir / 'checkpoints'} holds no checkpoint")
+                raise UsageError(f"ckpt_path is 'last', but {run_dir / 'checkpoints'} holds no checkpoint")
         elif self.subcommand == "fit" and config.ckpt_path is None and not config.trainer.fast_dev_run:
             config.trainer.default_root_dir = str(_unused_run_dir(run_dir))
         if self.subcommand != "fit" and config.ckpt_path is None:
@@ -170,11 +173,17 @@ def _report(
     print(f"  vistok decode {tokens} --tokenizer {export} --out {run_dir / 'decoded'}\n")
 
 
+class UsageError(ValueError):
+    """A mistake in what the user asked for, found before anything runs."""
+
+
 def main(args: list[str] | None = None) -> None:
     """Run ``fit``, ``validate`` or ``test``; a mistake in the configuration ends with one clear line and status 2."""
-    import jsonargparse
-
+    # What Lightning says at every start and no user of a finished pipeline can act on.
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training")
     try:
         TokenizerCLI(args)
-    except jsonargparse.ArgumentError as error:
-        sys.exit(f"error: {error}")
+    except (jsonargparse.ArgumentError, UsageError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

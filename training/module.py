@@ -25,6 +25,7 @@ from ..eval.reconstruction import psnr
 from ..layers.conv import Level, Middle
 from ..layers.transformer import Block
 from ..tokenizers.base import Tokenizer
+from .checkpoints import finish_epoch
 from .ema import ema_copy, ema_decay, ema_update
 from .objectives import Objective, ObjectiveOutput
 from .optimization import Optimization
@@ -87,6 +88,7 @@ class TokenizerTraining(pl.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.tokenizer.commit_update()
         if self.ema_tokenizer is not None:
             # Here and not at the end of the batch: checkpoints are written before the module's own hook there.
             ema_update(self.ema_tokenizer, self.tokenizer, ema_decay(self.global_step, self.ema_decay))
@@ -183,6 +185,7 @@ class TokenizerTraining(pl.LightningModule):
         differences = list(_differences(stored, self.tokenizer.config))
         if differences:
             raise ValueError(f"the checkpoint holds another tokenizer than the config: {'; '.join(differences[:5])}")
+        finish_epoch(checkpoint["loops"])
 
 
 def _pixels(batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from skimage.data import data_dir
+
 from vistok.data.demo import PHOTOGRAPHS, DemoPhotographs
 from vistok.data.images import read_image
 

@@ -6,6 +6,7 @@ import os
 import pickle
 
 import pytest
+
 from vistok.data.folder import ImageFolder
 from vistok.data.images import ImageError
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+
 from vistok.data.images import ImageError, decode_image, read_image, save_png, to_uint8
 
 
@@ -40,8 +41,9 @@ def test_greyscale_becomes_three_equal_channels(format):
     assert (image[0].int() - torch.from_numpy(levels).int()).abs().max() <= 2
 
 
-def test_cmyk_jpeg_is_converted_as_pil_does(picture):
-    data = encode(Image.open(io.BytesIO(picture(2))).convert("CMYK"), "JPEG")
+def test_cmyk_jpeg_is_converted_as_pil_does():
+    inks = np.random.default_rng(2).integers(0, 256, (4, 4, 4), dtype=np.uint8)
+    data = encode(Image.fromarray(inks, "CMYK").resize((32, 24), Image.Resampling.BICUBIC), "JPEG")
     assert torch.equal(decode_image(data), rgb(data))
 
 
@@ -95,7 +97,7 @@ def test_exif_orientation_is_honoured_and_can_be_ignored(picture, orientation, f
 
 
 def test_unreadable_bytes_raise_an_error_with_name_and_reason(picture):
-    jpeg, png = picture(4), picture(4, format="PNG")
+    jpeg, png = picture(4, (120, 160)), picture(4, format="PNG")
     body = png.index(b"IDAT") + 4
     wrong_body = png[:body] + zlib.compress(b"not pixels") + png[body + 18 :]
     cases = {
@@ -103,12 +105,12 @@ def test_unreadable_bytes_raise_an_error_with_name_and_reason(picture):
         b"some text": "not an image",
         jpeg[:-30]: "truncated",
         jpeg[: len(jpeg) // 2]: "truncated",
-        jpeg[:30]: "not an image",
+        jpeg[:30]: "truncated|not an image",
         png[: len(png) // 2]: "truncated|broken",
-        wrong_body: "broken|crc|decod",
+        wrong_body: "broken|truncated",
     }
     for data, reason in cases.items():
-        with pytest.raises(ImageError, match=f"^train/17: .*({reason})"):
+        with pytest.raises(ImageError, match=f"(?i)^train/17: .*({reason})"):
             decode_image(data, "train/17")
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+
 from vistok.data.transforms import (
     EvalTransform,
     TrainTransform,
@@ -16,6 +17,7 @@ from vistok.data.transforms import (
     horizontal_flip,
     random_crop,
     random_resized_crop,
+    resize,
     resize_cover,
 )
 
@@ -27,9 +29,8 @@ def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 
 def smooth(height: int, width: int) -> torch.Tensor:
-    return torch.from_numpy(
-        np.array(Image.fromarray(noise(5, 5).permute(1, 2, 0).numpy()).resize((width, height)))
-    ).permute(2, 0, 1)
+    picture = Image.fromarray(noise(5, 5).permute(1, 2, 0).numpy()).resize((width, height))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -64,6 +65,19 @@ def test_resize_agrees_with_pil_bicubic_within_one_grey_level(size):
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     expected = np.array(picture.resize((resized.shape[2], resized.shape[1]), Image.Resampling.BICUBIC))
     assert np.abs(resized.permute(1, 2, 0).numpy().astype(int) - expected.astype(int)).mean() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (4, 4)])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_tiny_result_is_right_too(size, channels_last):
+    image = smooth(9, 7)
+    if channels_last:
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    else:
+        image = image.contiguous()
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    expected = torch.from_numpy(np.array(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (resize(image, size).int() - expected.int()).abs().max() <= 2
 
 
 def test_center_crop_leaves_equal_margins():
@@ -122,7 +136,7 @@ def test_flip_probability_zero_and_one():
 @pytest.mark.parametrize("shape", [(70, 100), (140, 33), (16, 16), (10, 12), (31, 64)])
 def test_adm_crop_equals_the_protocol_step_by_step(shape):
     image = smooth(*shape)
-    pixels = np.array(image.permute(1, 2, 0))
+    pixels = image.permute(1, 2, 0).numpy()
     while min(pixels.shape[:2]) >= 32:  # box halving = mean of 2 x 2 blocks
         h, w = pixels.shape[0] // 2, pixels.shape[1] // 2
         pixels = np.array(Image.fromarray(pixels).resize((w, h), Image.BOX))
@@ -138,7 +152,7 @@ def test_adm_crop_equals_the_protocol_step_by_step(shape):
 def test_adm_halving_averages_blocks():
     image = noise(32, 32)
     blocks = image.float().reshape(3, 16, 2, 16, 2).mean((2, 4))
-    assert (adm_center_crop(image, 16).float() - blocks).abs().max() <= 0.51
+    assert (adm_center_crop(image, 16).float() - blocks).abs().max() <= 1  # PIL rounds after each direction
 
 
 @pytest.mark.parametrize(

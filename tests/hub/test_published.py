@@ -138,7 +138,10 @@ def test_vector_quantizer_losses_and_gradients_agree(name):
         return (ours - theirs).abs().max() <= 1e-5 * max(1.0, float(theirs.abs().max()))
 
     if name == "losses-taming-vq":
-        cases = {"loss_legacy": {"commitment": 1.0, "codebook": beta}, "loss_fixed": {"commitment": beta, "codebook": 1}}
+        cases = {
+            "loss_legacy": {"commitment": 1.0, "codebook": beta},
+            "loss_fixed": {"commitment": beta, "codebook": 1},
+        }
     else:
         cases = {"quantizer_loss": {"commitment": beta, "codebook": 1.0}}
     for key, weights in cases.items():

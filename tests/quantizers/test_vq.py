@@ -267,3 +267,85 @@ def test_bad_input_is_named():
         quantizer.decode(torch.zeros(2, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="positive; got 0 and 4"):
         VectorQuantizer(0, 4)
+
+
+# ---- restart of unused codes
+
+
+def restarting(codes=12, dim=3, after=3, l2_normalize=False):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(codes, dim, l2_normalize, restart_after=after)
+    with torch.no_grad():
+        quantizer.codebook.normal_()
+    return quantizer
+
+
+def step(quantizer, z, mask=None):
+    result = quantizer(z, mask)
+    quantizer.commit_update()
+    return set(result.indices[result.indices >= 0].tolist())
+
+
+@BOTH
+def test_exactly_the_codes_unused_for_long_enough_move_onto_latents(l2_normalize):
+    quantizer = restarting(l2_normalize=l2_normalize)
+    z = torch.randn(2, 20, 3)[:, :1].expand(2, 20, 3).contiguous()  # two different latents: at most two codes in use
+    before = quantizer.codebook.detach().clone()
+    used = set()
+    for number in range(3):
+        assert torch.equal(quantizer.codebook, before), f"moved after {number} steps"
+        used |= step(quantizer, z)
+    moved = (quantizer.codebook != before).any(1)
+    assert {i for i in range(12) if not moved[i]} == used
+    allowed = F.normalize(z[:, 0], dim=1) if l2_normalize else z[:, 0]
+    assert all((quantizer.codebook[i] == allowed).all(1).any() for i in range(12) if moved[i])
+    assert (quantizer.idle_steps[moved] == 0).all()
+
+
+def test_moved_codes_are_used_and_stay():
+    quantizer, z = restarting(after=2), torch.randn(4, 50, 3)
+    for _ in range(30):
+        step(quantizer, z)
+    moved = quantizer.codebook.detach().clone()
+    assert len(step(quantizer, z)) == 12
+    step(quantizer, z)
+    assert torch.equal(quantizer.codebook, moved)
+
+
+def test_forward_passes_of_one_optimizer_step_count_once():
+    quantizer, halves = restarting(after=1), torch.randn(2, 1, 40, 3)
+    used = set(quantizer(halves[0]).indices.flatten().tolist()) | set(quantizer(halves[1]).indices.flatten().tolist())
+    before = quantizer.codebook.detach().clone()
+    quantizer.commit_update()
+    assert {i for i in range(12) if torch.equal(quantizer.codebook[i], before[i])} == used
+    quantizer.commit_update()
+    assert (quantizer.idle_steps == 0).all()
+
+
+def test_evaluation_leaves_the_state_alone():
+    quantizer, z = restarting(after=1), torch.randn(1, 5, 3)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    with torch.no_grad():
+        step(quantizer, z)
+    step(quantizer.eval(), z)
+    quantizer.encode(z)
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_dropped_positions_revive_no_code():
+    quantizer, z = restarting(after=1), torch.randn(1, 6, 3)
+    z[:, 2:] = 77.0
+    step(quantizer, z, torch.tensor([[True, True, False, False, False, False]]))
+    assert quantizer.codebook.abs().max() < 10
+    before = quantizer.codebook.detach().clone()
+    step(quantizer, z, torch.zeros(1, 6, dtype=torch.bool))
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_a_quantizer_without_restart_keeps_no_state():
+    quantizer = make()
+    quantizer(latents(1, 4, 5))
+    quantizer.commit_update()
+    assert set(quantizer.state_dict()) == {"codebook"}
+    with pytest.raises(ValueError, match="restart_after .* got 0"):
+        VectorQuantizer(4, 2, restart_after=0)

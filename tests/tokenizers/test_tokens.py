@@ -14,8 +14,11 @@ LAYOUTS = st.lists(
 )
 
 
+ANYTHING_OR_NOTHING_DROPPED = st.booleans()
+
+
 @st.composite
-def tokens(draw, dropped=st.booleans()):
+def tokens(draw, dropped=ANYTHING_OR_NOTHING_DROPPED):
     layout = tuple(Stream(f"s{i}", length, tuple(sizes)) for i, (length, sizes) in enumerate(draw(LAYOUTS)))
     batch = draw(st.integers(1, 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))

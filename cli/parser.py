@@ -1,0 +1,99 @@
+"""A command line out of a function: positional parameters become arguments, keyword-only ones become options.
+
+Types come from the hints and help from the Google-style docstring, so a command is written once, as a function that
+Python code can call too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, get_origin, get_type_hints
+
+from docstring_parser import parse as parse_docstring
+from jsonargparse import ArgumentParser
+
+Size = tuple[int, int] | None  # an option of this type is typed as "256" or "256,128"
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"256"`` or ``"256,128"`` (height, width) as ``(H, W)``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    sides = text.split(",")
+    if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"expected one number or height,width. Got value: {text}")
+    return int(sides[0]), int(sides[-1])
+
+
+def parse_command(function: Callable[..., int], prog: str, argv: Sequence[str]) -> dict[str, Any]:
+    """The arguments of one command, by parameter name.
+
+    Args:
+        function: its parameters are the arguments.
+        prog: how the command is called.
+        argv: the words after it.
+
+    Raises:
+        ValueError: of one line, naming the option and what it accepts.
+        SystemExit: after ``--help``.
+    """
+    try:
+        arguments = vars(_parser(function, prog).parse_args(list(argv)))
+    except argparse.ArgumentError as error:
+        raise ValueError(_one_line(str(error))) from error
+    for name, hint in get_type_hints(function).items():
+        if hint == Size and arguments[name] is not None:
+            try:
+                arguments[name] = parse_size(arguments[name])
+            except ValueError as error:
+                raise ValueError(f"--{name}: {error}") from error
+    return arguments
+
+
+def _parser(function: Callable[..., int], prog: str) -> ArgumentParser:
+    documentation = parse_docstring(inspect.getdoc(function))
+    helps = {item.arg_name: item.description.replace("\n", " ") for item in documentation.params}
+    hints = get_type_hints(function)
+    parser = ArgumentParser(
+        prog=prog,
+        description=documentation.description,
+        formatter_class=_HelpFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint, text = hints[name], helps[name]
+        option = "--" + name.replace("_", "-")
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            several: dict[str, Any] = {"nargs": "+", "type": str} if get_origin(hint) is list else {"type": hint}
+            parser.add_argument(name, metavar=name.upper(), help=text, **several)
+        elif hint is bool:
+            parser.add_argument(option, action="store_true", help=text)
+        elif parameter.default is inspect.Parameter.empty:
+            parser.add_argument(option, type=hint, required=True, help=text)
+        else:
+            kind = str if hint == Size else hint
+            parser.add_argument(option, type=kind, default=parameter.default, help=text)
+    return parser
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help without the types, which say nothing to somebody who types words; defaults where they say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        shown = action.option_strings and action.default not in (None, "", False, argparse.SUPPRESS)
+        return f"{text} (default: %(default)s)" if shown else text
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message of several lines, with options as they are typed."""
+    text = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match.group(1).replace('_', '-')}:", message)
+    text = re.sub(r"Expected a <class '([\w.]+)'>", r"expected \1", text)
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", text)
+    return re.sub(r"\s+", " ", text).strip()

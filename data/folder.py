@@ -1,0 +1,79 @@
+"""A folder of image files, nested or flat, for people without shards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from .images import IMAGE_SUFFIXES, read_image
+from .source import ImageSource, Sample
+
+
+class ImageFolder(ImageSource):
+    """All images below a folder, in the order of their sorted paths.
+
+    If every image lies in a sub-folder, the top-level sub-folders are the classes, numbered in sorted order;
+    otherwise labels are -1. Hidden files and folders are ignored.
+
+    Args:
+        root: the folder. It is read when first needed, not here.
+        exif: turn images upright as their EXIF orientation says.
+    """
+
+    def __init__(self, root: str, exif: bool = True) -> None:
+        self.root = Path(root).expanduser()
+        self.exif = exif
+        self._paths: np.ndarray | None = None
+        self._labels: np.ndarray | None = None
+
+    def prepare(self) -> None:
+        """List the folder.
+
+        Raises:
+            FileNotFoundError: if it does not exist.
+            ValueError: if it is not a folder, or holds no image.
+        """
+        if self._paths is None:
+            self._paths, self._labels = _list_images(self.root)
+
+    def __len__(self) -> int:
+        self.prepare()
+        return len(self._paths)
+
+    def read(self, index: int) -> Sample:
+        self.prepare()
+        key = os.fsdecode(bytes(self._paths[index]))
+        return Sample(read_image(self.root / key, self.exif), int(self._labels[index]), key)
+
+
+def _list_images(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Paths relative to ``root`` as bytes, and labels, both ``(N,)``.
+
+    One array of bytes instead of a list of strings: worker processes share its memory for good, whereas every look at
+    a Python string changes its reference count and so copies the page it lies on.
+    """
+    if not root.exists():
+        raise FileNotFoundError(f"root: the image folder {str(root)!r} does not exist")
+    if not root.is_dir():
+        raise ValueError(f"root: {str(root)!r} is not a folder")
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+        found += [os.path.relpath(os.path.join(folder, name), root) for name in images]
+    if not found:
+        raise ValueError(f"root: no image below {str(root)!r}; looked for {', '.join(IMAGE_SUFFIXES)}")
+    found.sort()
+    tops = [path.split(os.sep, 1)[0] if os.sep in path else None for path in found]
+    if None in tops:
+        labels = np.full(len(found), -1, dtype=np.int64)
+    else:
+        labels = np.unique(tops, return_inverse=True)[1].astype(np.int64)
+    return np.array([os.fsencode(path) for path in found], dtype=np.bytes_), labels

@@ -1,0 +1,55 @@
+"""The model card: ``README.md`` of an export, with the YAML header that model hubs index."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+HEADER_KEYS = ("license", "datasets", "base_model", "language")
+
+
+def model_card(config: dict[str, Any], name: str) -> str:
+    """Markdown of the card.
+
+    Args:
+        config: the content of ``config.json``. Of its ``metadata``, ``license``, ``datasets``, ``base_model``,
+            ``language`` and ``tags`` go into the header, and ``metrics`` (name to value) becomes a table.
+        name: what a reader passes to ``vistok.load``: a repository id or a folder.
+    """
+    metadata = config["metadata"]
+    metrics = metadata.get("metrics", {})
+    header = {
+        "library_name": "vistok",
+        "pipeline_tag": "image-to-image",
+        "tags": ["vistok", "image-tokenizer", *metadata.get("tags", [])],
+        **{key: metadata[key] for key in HEADER_KEYS if key in metadata},
+    }
+    if metrics:
+        header["metrics"] = list(metrics)
+    lines = ["---"]
+    # JSON values are YAML values, quoted where they need it.
+    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
+    lines += ["---", "", f"# {name.rsplit('/', 1)[-1]}", "", _summary(config), ""]
+    lines += ["```python", "import vistok", f"tokenizer = vistok.load({json.dumps(name)})"]
+    lines += ["tokens = tokenizer.encode(images)  # images: (B, 3, H, W) float in [0, 1]"]
+    lines += ["images = tokenizer.decode(tokens)", "```", ""]
+    if metrics:
+        lines += ["| metric | value |", "|---|---|", *[f"| {key} | {value} |" for key, value in metrics.items()], ""]
+    return "\n".join(lines)
+
+
+def _summary(config: dict[str, Any]) -> str:
+    """One sentence: class, image size, tokens, rate, parameters."""
+    height, width = config["image"]["size"]
+    streams = config["tokens"]["streams"]
+    tokens = " + ".join(
+        f"{stream['length']} {stream['name']} tokens of {'x'.join(map(str, stream['codebook_sizes']))} codes"
+        for stream in streams
+    )
+    bits = config["tokens"]["bits"]
+    kind = config["tokenizer"]["class_path"].rsplit(".", 1)[-1]
+    return (
+        f"A discrete image tokenizer ({kind}) made with Vistok: "
+        f"{height}x{width} images as {tokens}, {bits:g} bits per image ({bits / (height * width):.4g} per pixel), "
+        f"{config['parameters'] / 1e6:.1f} M parameters."
+    )
