@@ -102,7 +102,7 @@ def save_png(image: Tensor, path: str | Path) -> None:
 
     Raises:
         ValueError: for another shape.
-        OSError: if the folder is missing, not writable or full.
+        OSError: naming the path and the reason, if it cannot be written. Missing folders are made.
     """
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image must have shape (3, H, W); got {tuple(image.shape)}")

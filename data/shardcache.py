@@ -91,7 +91,7 @@ class ShardCache:
         return path.with_name(path.name + ".index")
 
     def _download(self, url: str, path: Path) -> None:
-        for left_over in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed; we hold the lock
+        for left_over in self.folder.glob(f".{path.name}.*.partial"):  # of a process that was killed; we hold the lock
             left_over.unlink(missing_ok=True)
         with atomic_write(path) as file:
             _copy(url, file)

@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ..data.files import atomic_folder
 from ..layers.configurable import resolve_class
 from ..tokenizers.base import Tokenizer
-from .atomic import atomic_folder
 from .card import model_card
 from .format import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE, describe, is_own_config
 from .weights import collect_weights

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import __version__
+from ..data.files import atomic_file
 from ..tokenizers.base import Tokens
-from .atomic import atomic_file
 from .format import describe_streams, read_streams
 
 FORMAT_VERSION = 1

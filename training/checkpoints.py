@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from ..hub.atomic import atomic_file
+from ..data.files import atomic_file
 
 _NAME = re.compile(r"step=(\d{8,})\.ckpt")
 
@@ -44,10 +44,14 @@ class RunCheckpoints(Checkpoint):
         self._saved_step = -1
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_step = trainer.global_step
         if trainer.is_global_zero:
             for partial in checkpoint_folder(trainer.default_root_dir).glob(".*.partial"):
                 partial.unlink()  # what a killed run was writing
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Only now is the step restored. It must not be saved again: with gradient accumulation the next batches still
+        # belong to it, and a checkpoint between them would lose their gradients.
+        self._saved_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

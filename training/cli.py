@@ -17,13 +17,14 @@ from typing import Any
 
 import jsonargparse
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from ..data.files import atomic_file
 from ..data.images import save_png
 from ..data.module import ImageData
-from ..hub.atomic import atomic_file
 from .callbacks import ReconstructionGrids
 from .checkpoints import AtomicCheckpointIO, RunCheckpoints, list_checkpoints
 from .module import TokenizerTraining
@@ -70,7 +71,17 @@ class TokenizerCLI(LightningCLI):
         parser.add_lightning_class_args(ReconstructionGrids, "grids")
 
     def parse_arguments(self, parser: Any, args: list[str] | None) -> None:
-        self.config = parser.parse_args(args)
+        load_yaml = jsonargparse.get_loader("yaml")
+
+        def load(text: str) -> Any:
+            # jsonargparse writes an override two classes deep out again, and a null becomes Python's "None".
+            return None if text == "None" else load_yaml(text)
+
+        jsonargparse.set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+        try:
+            self.config = parser.parse_args(args)
+        finally:
+            jsonargparse.set_loader("yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -83,7 +94,7 @@ class TokenizerCLI(LightningCLI):
         elif self.subcommand == "fit" and config.ckpt_path is None and not config.trainer.fast_dev_run:
             config.trainer.default_root_dir = str(_unused_run_dir(run_dir))
         if self.subcommand != "fit" and config.ckpt_path is None:
-            raise ValueError(
+            raise UsageError(
                 f"{self.subcommand} needs a checkpoint: --ckpt_path FILE, or last for the newest of the run"
             )
 

@@ -80,7 +80,7 @@ class TokenizerTraining(pl.LightningModule):
                     module.compile()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # Lightning refuses to clip gradients that a fused optimizer unscales itself, as it does under fp16.
+        # Under fp16 a fused optimizer unscales the gradients itself, after they have been clipped.
         fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
         total_steps = self.trainer.estimated_stepping_batches
         optimizer, scheduler = self.optimization.build(self, total_steps, fused)
@@ -92,6 +92,21 @@ class TokenizerTraining(pl.LightningModule):
         if self.ema_tokenizer is not None:
             # Here and not at the end of the batch: checkpoints are written before the module's own hook there.
             ema_update(self.ema_tokenizer, self.tokenizer, ema_decay(self.global_step, self.ema_decay))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for a fused optimizer under any mixed precision, though only fp16 forbids it.
+        if not gradient_clip_val:
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def on_train_start(self) -> None:
         self._images_seen, self._clock = 0, time.perf_counter()

@@ -151,8 +151,9 @@ def test_save_png_writes_the_same_pixels_back(tmp_path):
 
 def test_save_png_leaves_nothing_behind_when_it_cannot_write(tmp_path, monkeypatch):
     image = torch.zeros(3, 4, 4)
-    with pytest.raises(FileNotFoundError):
-        save_png(image, tmp_path / "no" / "folder.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write"):
+        save_png(image, tmp_path / "file" / "no-folder.png")
     (tmp_path / "taken").mkdir()
     with pytest.raises(OSError):
         save_png(image, tmp_path / "taken")
@@ -166,4 +167,4 @@ def test_save_png_leaves_nothing_behind_when_it_cannot_write(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space left"):
         save_png(torch.ones(3, 4, 4), tmp_path / "old.png")
     assert (tmp_path / "old.png").read_bytes() == before
-    assert sorted(os.listdir(tmp_path)) == ["old.png", "taken"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "old.png", "taken"]

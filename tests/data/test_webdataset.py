@@ -292,7 +292,7 @@ def test_without_a_count_remote_shards_are_fetched_before_the_run_and_kept(tmp_p
     server.server.shutdown()
     again = WebDataset(pattern, cache_dir=str(tmp_path / "kept"))
     assert keys(again) == keys(source) == ["s0-0", "s0-1", "s0-2", "s1-0"]
-    assert not list((tmp_path / "kept").glob(".*.tmp"))
+    assert not list((tmp_path / "kept").glob(".*.partial"))
 
 
 def test_the_cache_stays_within_its_limit_and_fetches_again_what_it_dropped(tmp_path, make_shards, server):
@@ -367,7 +367,7 @@ def test_what_a_killed_process_left_behind_is_cleared_away(tmp_path, make_shards
     cache = shardcache.ShardCache(tmp_path / "kept")
     path = cache.path(f"{server.url}/shard-000.tar")
     path.parent.mkdir()
-    (path.parent / f".{path.name}.99-1.tmp").write_bytes(b"half")
+    (path.parent / f".{path.name}.99-1.partial").write_bytes(b"half")
     cache.fetch(f"{server.url}/shard-000.tar")
     assert not list(path.parent.glob(".*tmp"))
 

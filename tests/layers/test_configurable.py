@@ -31,7 +31,8 @@ def test_config_is_json_and_builds_the_same_architecture():
 
 
 def test_config_writes_defaults_out():
-    assert VectorQuantizer(32, 4).config["init_args"] == {"codebook_size": 32, "dim": 4, "l2_normalize": False}
+    expected = {"codebook_size": 32, "dim": 4, "l2_normalize": False, "restart_after": None}
+    assert VectorQuantizer(32, 4).config["init_args"] == expected
 
 
 def test_config_names_the_outermost_class():

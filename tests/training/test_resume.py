@@ -42,40 +42,47 @@ for args, kill_at in json.loads(sys.argv[1] if len(sys.argv) > 1 else os.environ
 """
 
 
-@pytest.mark.parametrize(
-    "name,overrides,kills",
-    [
-        # 6 batches per epoch, checkpoints every 4 steps: killed before the first checkpoint, right after one, between
-        # two, and at the last batch of an epoch (where the newest checkpoint may be of that very batch).
-        ("plain", [], [1, 4, 7, 12]),
-        ("checkpoint-at-epoch-end", ["--checkpoint.every_n_steps", "6"], [6, 13]),
-        ("extended", ["--model.optimizer.schedule", "constant", "--checkpoint.keep", "0"], []),
-        (
-            "accumulation-and-workers",
-            ["--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "8", "--data.num_workers", "2"],
-            [5, 7],
-        ),
-    ],
-)
-def test_killed_and_continued_equals_uninterrupted(tmp_path, name, overrides, kills):
-    config = runs.write_config(tmp_path / "config.yaml", tmp_path / "whole")
-    fit = ["fit", "--config", str(config), *overrides]
-    plan = [(fit, None)]
-    again = [*fit, "--trainer.default_root_dir", str(tmp_path / "killed"), "--ckpt_path", "last"]
-    plan += [(again, kill) for kill in kills]
-    if name == "extended":  # a run that ended, in the middle of an epoch and at the end of one, and is taken further
-        plan += [([*again, "--trainer.max_steps", steps], None) for steps in ("3", "12")]
-    plan.append((again, None))
+# Overrides, and the steps at which the run is killed. 6 batches make an epoch. Checkpoints every 4 steps: killed before
+# the first one, right after one, between two, and at the last batch of an epoch.
+SCENARIOS = {
+    "plain": ([], [1, 4, 7, 12]),
+    "checkpoint-at-epoch-end": (["--checkpoint.every_n_steps", "6"], [6, 13]),
+    "extended": (["--model.optimizer.schedule", "constant", "--checkpoint.keep", "0"], []),
+    "accumulation-and-workers": (
+        ["--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "8", "--data.num_workers", "2"],
+        [5, 7],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Every scenario, run to its end without and with interruptions."""
+    root, plan = tmp_path_factory.mktemp("resume"), []
+    for name, (overrides, kills) in SCENARIOS.items():
+        folder = root / name
+        folder.mkdir()
+        config = runs.write_config(folder / "config.yaml", folder / "whole")
+        fit = ["fit", "--config", str(config), *overrides]
+        again = [*fit, "--trainer.default_root_dir", str(folder / "killed"), "--ckpt_path", "last"]
+        plan += [(fit, None), *((again, kill) for kill in kills)]
+        if name == "extended":  # runs that ended, in the middle of an epoch and at the end of one, and go further
+            plan += [([*again, "--trainer.max_steps", steps], None) for steps in ("3", "12")]
+        plan.append((again, None))
     result = runs.run_all(RUNNER, RUNS=json.dumps(plan))
     assert result.returncode == 0, result.stderr[-3000:]
+    return root
 
-    last = sorted((tmp_path / "whole" / "checkpoints").iterdir())[-1].name
-    whole = runs.load(tmp_path / "whole" / "checkpoints" / last)
-    continued = runs.load(tmp_path / "killed" / "checkpoints" / last)
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_and_continued_equals_uninterrupted(finished, name):
+    folder = finished / name
+    last = sorted((folder / "whole" / "checkpoints").iterdir())[-1].name
+    whole = runs.load(folder / "whole" / "checkpoints" / last)
+    continued = runs.load(folder / "killed" / "checkpoints" / last)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert not runs.differences(whole[part], continued[part], part)
     assert any(key.startswith("ema_tokenizer.") for key in whole["state_dict"])
-    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
-
-    metrics = [json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "killed")]
+    assert not list((folder / "killed" / "checkpoints").glob(".*"))
+    metrics = [json.loads((folder / run / "metrics.json").read_text()) for run in ("whole", "killed")]
     assert metrics[0] == metrics[1]
