@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..layers.sizes import image_hw, transformer_size
-from ..layers.transformer import Block, init_transformer
+from ..layers.transformer import PUBLISHED_WIDTH, Block, init_transformer, token_std
 from .base import Decoder
 
 
@@ -42,7 +42,7 @@ class LatentViTDecoder(Decoder):
         self.in_dim = in_dim
         self.patch_grid = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
         num_patches = self.patch_grid[0] * self.patch_grid[1]
-        scale = width**-0.5
+        scale = token_std(width)
         self.embed = nn.Linear(in_dim, width)
         self.class_token = nn.Parameter(scale * torch.randn(1, width))
         self.mask_token = nn.Parameter(scale * torch.randn(1, 1, width))
@@ -54,6 +54,8 @@ class LatentViTDecoder(Decoder):
         self.to_pixels = nn.Linear(width, 3 * patch_size**2)
         self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
         init_transformer(self, width)
+        if width < PUBLISHED_WIDTH:
+            nn.init.dirac_(self.conv_out.weight)  # the pixels of a patch pass unchanged at first
 
     def forward(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         batch, length = latents.shape[:2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.sizes import image_hw, transformer_size
-from ..layers.transformer import Block, init_transformer
+from ..layers.transformer import Block, init_transformer, token_std
 from .base import Encoder
 
 
@@ -39,7 +39,7 @@ class LatentViTEncoder(Encoder):
         self.stride = patch_size
         self.out_dim = out_dim
         num_patches = (self.image_size[0] // patch_size) * (self.image_size[1] // patch_size)
-        scale = width**-0.5
+        scale = token_std(width)
         self.patchify = nn.Conv2d(3, width, patch_size, patch_size)
         self.class_token = nn.Parameter(scale * torch.randn(1, width))
         self.position = nn.Parameter(scale * torch.randn(1 + num_patches, width))

@@ -86,7 +86,7 @@ def load(path: Path) -> dict:
 
 
 def assert_close(a: dict, b: dict, atol: float = 2e-5) -> None:
-    """Equal up to rounding, but for the biases of attention keys: their true gradient is zero, and Adam walks on noise."""
+    """Equal up to rounding, but for the biases of attention keys: their true gradient is zero, Adam walks on noise."""
     assert set(a) == set(b)
     for name, value in a.items():
         other = b[name]
