@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..data.files import walk_files
 from .errors import CommandError
 
 
@@ -37,7 +37,7 @@ def find_images(inputs: Sequence[str], suffixes: Iterable[str]) -> list[ImageFil
     for text in inputs:
         path = Path(text).expanduser()
         if path.is_dir():
-            files, root = _below(path), path
+            files, root = walk_files(path), path
         elif path.exists():
             found.append(ImageFile(path, path.name))
             continue
@@ -87,20 +87,6 @@ def png_paths(names: Sequence[str], folder: Path, suffixes: Iterable[str], taken
             raise CommandError(f"the name {name!r} leads out of the output folder; refusing to write any image")
         relative.append(str(path.with_suffix(".png") if path.suffix.lower() in suffixes else f"{path}.png"))
     return [folder / name for name in unique_names(relative, taken)]
-
-
-def _below(root: Path) -> list[Path]:
-    """All files below a folder, links followed, hidden files and folders left out."""
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in files if not name.startswith(".")]
-    return found
 
 
 def _fixed_part(pattern: Path) -> Path:

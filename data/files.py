@@ -1,4 +1,4 @@
-"""Files and folders that appear under their final name whole or not at all.
+"""Files that appear whole or not at all, and where files are found and kept.
 
 Everything is written under a hidden temporary name beside the final one, flushed to disk, and then renamed. A writer
 that is killed leaves at most the temporary name behind; one that fails removes it.
@@ -105,6 +105,20 @@ def _write_errors(path: Path) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error)
         message = f"cannot write {path}: {reason}. Free some space, or choose another place"
         raise OSError(code, message) from error
+
+
+def walk_files(root: Path) -> list[Path]:
+    """All files below a folder, links followed, hidden files and folders left out."""
+    found, seen = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        found += [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+    return found
 
 
 def cache_folder() -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import walk_files
 from .images import IMAGE_SUFFIXES, read_image
 from .source import ImageSource, Sample
 
@@ -58,16 +59,7 @@ def _list_images(root: Path) -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(f"root: the image folder {str(root)!r} does not exist")
     if not root.is_dir():
         raise ValueError(f"root: {str(root)!r} is not a folder")
-    found, seen = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        images = (name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
-        found += [os.path.relpath(os.path.join(folder, name), root) for name in images]
+    found = [os.path.relpath(path, root) for path in walk_files(root) if path.name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
         raise ValueError(f"root: no image below {str(root)!r}; looked for {', '.join(IMAGE_SUFFIXES)}")
     found.sort()

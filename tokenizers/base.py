@@ -355,8 +355,33 @@ class Tokenizer(Configurable):
         if size[0] % self.stride or size[1] % self.stride:
             raise ValueError(f"image height and width must be divisible by {self.stride}; got {size[0]}x{size[1]}")
 
-    def save_pretrained(self, path: str | Path, **metadata: Any) -> Path:
+    def save_pretrained(
+        self, path: str | Path, *, metadata: dict[str, Any] | None = None, crop: str = "center"
+    ) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a model card; see :func:`vistok.hub.save.save`."""
         from ..hub.save import save
 
-        return save(self, path, **metadata)
+        return save(self, path, metadata=metadata, crop=crop)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload tokenizer",
+        metadata: dict[str, Any] | None = None,
+    ) -> str:
+        """Upload to a model repository of the Hugging Face Hub; see :func:`vistok.hub.save.push`."""
+        from ..hub.save import push
+
+        return push(
+            self,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+            metadata=metadata,
+        )

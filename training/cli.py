@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -136,7 +137,10 @@ class TokenizerCLI(LightningCLI):
         metrics = self.model.validated_at[1] if has_validation else {}
         with atomic_file(run_dir / "metrics.json") as partial:
             partial.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
-        export = self.model.averaged.eval().save_pretrained(run_dir / "export", metadata={"metrics": metrics})
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        export = self.model.averaged.eval().save_pretrained(
+            run_dir / "export", metadata={"metrics": finite, "training_step": step}, crop=self.datamodule.val_crop
+        )
         samples = self._write_samples(run_dir / "samples") if has_validation else None
         _report(run_dir, step, metrics, self._grid(), export, samples)
 

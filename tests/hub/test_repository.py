@@ -192,7 +192,7 @@ folder, images = sys.argv[1], torch.load(sys.argv[2])
 tokenizer = vistok.load(folder)
 address = vistok.push(tokenizer, "someone/my-titok", private=True, commit_message="First", metadata={"license": "mit"})
 vistok.push(tokenizer, "someone/my-titok")  # a second time, to the repository that is there
-vistok.push(tokenizer, "someone/my-titok", revision="trial")
+tokenizer.push_to_hub("someone/my-titok", revision="trial")
 print(address)
 loaded = vistok.load("someone/my-titok")
 other = vistok.load("someone/my-titok", revision="trial")
