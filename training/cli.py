@@ -121,7 +121,18 @@ class TokenizerCLI(LightningCLI):
         if self.datamodule.image_size is None:
             self.datamodule.image_size = self.model.tokenizer.image_size
         parser = self._parser(self.subcommand)
-        self.model.resolved_config = parser.dump(self.config[self.subcommand], skip_none=False)
+        self.model.resolved_config = parser.dump(self.config[self.subcommand], skip_unset=False)
+
+    def before_fit(self) -> None:
+        """Prepare the data now, so that a missing shard or an empty folder is one clear line."""
+        if not self.trainer.is_global_zero:
+            return
+        try:
+            self.datamodule.prepare_data()
+        except (OSError, ValueError) as error:
+            raise UsageError(str(error)) from error
+
+    before_validate = before_test = before_fit
 
     def after_fit(self) -> None:
         """Final validation, export and a word on what lies where."""

@@ -79,6 +79,22 @@ def test_a_mistake_is_refused_before_anything_runs_in_a_few_lines(tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        (["vistok.data.webdataset.WebDataset", "--data.train.shards", "nowhere/x-{000..001}.tar"], "x-001.tar"),
+        (["vistok.data.folder.ImageFolder", "--data.train.root", "nowhere"], "nowhere"),
+    ],
+)
+def test_missing_data_is_one_line_before_training(tmp_path, capsys, arguments, named):
+    config = runs.write_config(tmp_path / "config.yaml", tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(config), "--data.train", *arguments])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(error) == 1 and named in error[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_a_mistake_in_the_file_is_refused_too(tmp_path, capsys):
     config = runs.write_config(tmp_path / "config.yaml", tmp_path / "run")
     tree = yaml.safe_load(config.read_text())
@@ -225,6 +241,29 @@ def test_gradients_are_clipped(tmp_path, monkeypatch):
     config = runs.write_config(tmp_path / "c.yaml", tmp_path / "run", max_steps=3, gradient_clip_val=1e-3)
     main(["fit", "--config", str(config)])
     assert norms and all(0 < norm <= 1.001e-3 for norm in norms)
+
+
+def test_a_perceptual_term_starts_when_it_should(tmp_path):
+    import torchvision
+
+    torch.manual_seed(0)
+    features = torchvision.models.alexnet(weights=None).features
+    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, tmp_path / "trunk.pth")
+    config = runs.write_config(tmp_path / "c.yaml", tmp_path / "run", max_steps=4, log_every_n_steps=1)
+    tree = yaml.safe_load(config.read_text())
+    tree["model"]["objective"]["init_args"]["perceptual"] = {
+        "class_path": "vistok.losses.perceptual.LPIPSLoss",
+        "init_args": {"net": "alex", "start_step": 2, "trunk_weights": str(tmp_path / "trunk.pth")},
+    }
+    config.write_text(yaml.safe_dump(tree))
+    state = weights(config, "--model.tokenizer.image_size", "64")
+    assert not [name for name in state if "lpips" in name.lower() or "perceptual" in name]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/lpips")] == [2, 3]
 
 
 @pytest.mark.slow
