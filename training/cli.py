@@ -149,8 +149,9 @@ class TokenizerCLI(LightningCLI):
         with atomic_file(run_dir / "metrics.json") as partial:
             partial.write_text(json.dumps({"step": step, **metrics}, indent=2) + "\n")
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        export = self.model.averaged.eval().save_pretrained(
-            run_dir / "export", metadata={"metrics": finite, "training_step": step}, crop=self.datamodule.val_crop
+        export = run_dir / "export"
+        self.model.averaged.eval().save_pretrained(
+            export, metadata={"metrics": finite, "training_step": step}, crop=self.datamodule.val_crop
         )
         samples = self._write_samples(run_dir / "samples") if has_validation else None
         _report(run_dir, step, metrics, self._grid(), export, samples)
