@@ -31,7 +31,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(path)
         try:
+            partial.touch()
+            mode = partial.stat().st_mode
             yield partial
+            partial.chmod(mode)  # some writers make files that only their owner may read
             _flush(partial)
             os.replace(partial, path)
         finally:
@@ -62,8 +65,15 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            for file in [*partial.rglob("*"), partial]:
+            probe = _partial(partial / "mode")
+            probe.touch()
+            mode = probe.stat().st_mode
+            probe.unlink()
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    file.chmod(mode)
                 _flush(file)
+            _flush(partial)
             if path.exists():
                 # A folder cannot be renamed onto a full one, so the old one steps aside and is removed afterwards.
                 old = _partial(path)

@@ -168,3 +168,20 @@ def test_save_png_leaves_nothing_behind_when_it_cannot_write(tmp_path, monkeypat
         save_png(torch.ones(3, 4, 4), tmp_path / "old.png")
     assert (tmp_path / "old.png").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["file", "old.png", "taken"]
+
+
+def test_what_is_written_is_as_readable_as_any_new_file(tmp_path):
+    """safetensors makes files that only their owner may read; on a shared disk an export must not be one."""
+    from safetensors.torch import save_file
+
+    from vistok.data.files import atomic_file, atomic_folder
+
+    (tmp_path / "plain").touch()
+    with atomic_file(tmp_path / "one.safetensors") as partial:
+        save_file({"x": torch.zeros(1)}, partial)
+    with atomic_folder(tmp_path / "folder") as partial:
+        save_file({"x": torch.zeros(1)}, partial / "two.safetensors")
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "one.safetensors").stat().st_mode == expected
+    assert (tmp_path / "folder" / "two.safetensors").stat().st_mode == expected
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["two.safetensors"]
