@@ -86,6 +86,8 @@ for _ in range(2):
     found = quantizer(z).indices
     quantizer.commit_update()
 torch.save((quantizer.state_dict(), before, found, z[0, 0]), sys.argv[3])
+dist.barrier()
+dist.destroy_process_group()  # left to the end of the interpreter, gloo's threads may abort the process
 """
 
 
