@@ -25,7 +25,7 @@ def search_dtype(z: Tensor) -> torch.dtype:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast and reduced-precision float32 matrix products off."""
+    """Switch autocast and reduced-precision float32 matrix products off (inside an operator: it cannot be traced)."""
     precision = torch.get_float32_matmul_precision()
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
@@ -37,7 +37,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
 
 
-@torch.no_grad()
 def nearest_codes(z: Tensor, codebook: Tensor, *, buffer_elements: int | None = None) -> Tensor:
     """Index of the code nearest to each latent in squared Euclidean distance; the lowest index wins a tie.
 
@@ -47,32 +46,58 @@ def nearest_codes(z: Tensor, codebook: Tensor, *, buffer_elements: int | None = 
         buffer_elements: size of the block of scores held at a time; chosen by device if ``None``.
 
     Returns:
-        ``(N,)`` int64.
+        ``(N,)`` int64, without gradient.
     """
+    return _nearest_codes(z.detach(), codebook.detach(), buffer_elements or 0)
+
+
+# An operator of its own, so that torch.compile sees one call and no loop over blocks.
+@torch.library.custom_op("vistok::nearest_codes", mutates_args=())
+def _nearest_codes(z: Tensor, codebook: Tensor, buffer_elements: int) -> Tensor:
     dtype = search_dtype(z)
-    with full_precision(z.device):
+    with torch.no_grad(), full_precision(z.device):
         codebook = codebook.to(dtype)
         # Distances do not change when both sides move; centred, a common offset cannot eat the precision.
         centre = codebook.mean(0)
         codes = codebook - centre  # (K, D)
         latents = z.to(dtype) - centre  # (N, D)
         bias = codes.square().sum(1).mul_(-0.5)  # (K,)
-        if buffer_elements is None:
-            buffer_elements = CPU_BUFFER if z.device.type == "cpu" else GPU_BUFFER
-        code_block = min(CODE_BLOCK, len(codes))
-        token_block = max(1, min(len(latents), buffer_elements // code_block))
-        buffer = torch.empty(token_block * code_block, dtype=dtype, device=z.device)
-        indices = torch.zeros(len(latents), dtype=torch.int64, device=z.device)
-        for start in range(0, len(latents), token_block):
-            block = latents[start : start + token_block]  # (n, D)
-            best = torch.full((len(block),), -torch.inf, dtype=dtype, device=z.device)
-            chosen = indices[start : start + token_block]
-            for first in range(0, len(codes), code_block):
-                part = codes[first : first + code_block]  # (k, D)
-                scores = buffer[: len(block) * len(part)].view(len(block), len(part))
-                torch.addmm(bias[first : first + code_block], block, part.T, out=scores)
-                value, index = scores.max(1)
-                better = value > best  # strict: an equal score of an earlier block stays
-                torch.where(better, value, best, out=best)
-                torch.where(better, index + first, chosen, out=chosen)
+        return best_scores(latents, codes, bias, buffer_elements)
+
+
+@_nearest_codes.register_fake
+def _(z: Tensor, codebook: Tensor, buffer_elements: int) -> Tensor:
+    return z.new_empty(z.shape[0], dtype=torch.int64)
+
+
+def best_scores(latents: Tensor, codes: Tensor, bias: Tensor, buffer_elements: int = 0) -> Tensor:
+    """``argmax_k latents.codes_k + bias_k`` in blocks, the lowest index at equal scores.
+
+    Args:
+        latents: ``(N, D)``.
+        codes: ``(K, D)`` in the same dtype.
+        bias: ``(K,)``.
+        buffer_elements: size of the block of scores; chosen by device if 0.
+
+    Returns:
+        ``(N,)`` int64.
+    """
+    if not buffer_elements:
+        buffer_elements = CPU_BUFFER if latents.device.type == "cpu" else GPU_BUFFER
+    code_block = min(CODE_BLOCK, len(codes))
+    token_block = max(1, min(len(latents), buffer_elements // code_block))
+    buffer = torch.empty(token_block * code_block, dtype=latents.dtype, device=latents.device)
+    indices = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
+    for start in range(0, len(latents), token_block):
+        block = latents[start : start + token_block]  # (n, D)
+        best = torch.full((len(block),), -torch.inf, dtype=latents.dtype, device=latents.device)
+        chosen = indices[start : start + token_block]
+        for first in range(0, len(codes), code_block):
+            part = codes[first : first + code_block]  # (k, D)
+            scores = buffer[: len(block) * len(part)].view(len(block), len(part))
+            torch.addmm(bias[first : first + code_block], block, part.T, out=scores)
+            value, index = scores.max(1)
+            better = value > best  # strict: an equal score of an earlier block stays
+            torch.where(better, value, best, out=best)
+            torch.where(better, index + first, chosen, out=chosen)
     return indices

@@ -17,13 +17,12 @@ used.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Quantized, Quantizer
-from .estimators import straight_through
-from .search import full_precision, nearest_codes, search_dtype
+from .base import Quantized, Quantizer, count_codes, drop, drop_indices, mean_over_kept, token_rows
+from .distributed import gather_rows, sum_over_ranks
+from .search import full_precision, nearest_codes
 
 RESTART_CANDIDATES = 256  # latents per rank and step that a dead code may move to
 
@@ -67,34 +66,27 @@ class VectorQuantizer(Quantizer):
         self._used: Tensor | None = None  # (K,) int64, codes used since the last optimizer step
         self._candidates: tuple[Tensor, Tensor] | None = None  # (M, D) latents, (M,) whether each may be taken
 
-    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantized:
-        self.check_latents(z, mask)
-        with torch.autocast(z.device.type, enabled=False):
-            latents = self._latents(z, mask)  # (n, D)
-            keep = None if mask is None else mask.reshape(-1)
-            found = nearest_codes(latents, self._all_codes())  # (n,)
-            codes = self._codes(found)  # (n, D)
-            losses = {
-                "commitment": _mean_square(latents, codes.detach(), keep),
-                "codebook": _mean_square(latents.detach(), codes, keep),
-            }
-            quantized = straight_through(latents, codes)
-            used = torch.ones_like(found) if keep is None else keep.to(torch.int64)
-            counts = torch.zeros(len(self.codebook), dtype=torch.int64, device=z.device).scatter_add_(0, found, used)
-            if self.restart_after is not None and self.training and torch.is_grad_enabled():
-                self._gather(latents.detach(), keep, counts)
-            if keep is not None:
-                quantized = quantized.masked_fill(~keep.unsqueeze(1), 0)
-                found = found.masked_fill(~keep, -1)
-        return Quantized(quantized.view(z.shape), found.view(*z.shape[:-1], 1), losses, {"counts": counts})
+    def assign(self, z: Tensor, mask: Tensor | None = None, *, generator: torch.Generator | None = None) -> Quantized:
+        latents = self._latents(z)  # (n, D)
+        keep = None if mask is None else mask.reshape(-1)
+        found = nearest_codes(latents, self._all_codes())  # (n,)
+        codes = self._codes(found)  # (n, D)
+        losses = {
+            "commitment": mean_over_kept((latents - codes.detach()).square(), keep),
+            "codebook": mean_over_kept((latents.detach() - codes).square(), keep),
+        }
+        indices = drop_indices(found.view(*z.shape[:-1], 1), mask)
+        statistics = count_codes(indices, self.codebook_sizes)
+        if self.restart_after is not None and self.training and torch.is_grad_enabled():
+            self._gather(latents.detach(), keep, statistics["counts"])
+        quantized = drop(codes.detach().view(z.shape), mask)
+        return Quantized(quantized, indices, losses, statistics, drop(latents.view(z.shape), mask))
 
     @torch.no_grad()
     def encode(self, z: Tensor, mask: Tensor | None = None) -> Tensor:
         self.check_latents(z, mask)
-        found = nearest_codes(self._latents(z, mask), self._all_codes()).view(z.shape[:-1])
-        if mask is not None:
-            found = found.masked_fill(~mask, -1)
-        return found.unsqueeze(-1)
+        found = nearest_codes(self._latents(drop(z, mask)), self._all_codes())
+        return drop_indices(found.view(*z.shape[:-1], 1), mask)
 
     def decode(self, indices: Tensor) -> Tensor:
         self.check_indices(indices)
@@ -136,9 +128,7 @@ class VectorQuantizer(Quantizer):
             return
         used, (latents, valid) = self._used, self._candidates
         self._used = self._candidates = None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(used)
-            latents, valid = _gather_rows(latents), _gather_rows(valid)
+        used, latents, valid = sum_over_ranks(used), gather_rows(latents), gather_rows(valid)
         # Everything below stays on the device: no code path depends on how many codes are dead.
         idle = torch.where(used > 0, 0, self.idle_steps + 1)
         dead = (idle >= self.restart_after) & valid.any()
@@ -147,12 +137,9 @@ class VectorQuantizer(Quantizer):
         self.codebook.copy_(torch.where(dead.unsqueeze(1), latents[candidate].to(self.codebook.dtype), self.codebook))
         self.idle_steps.copy_(torch.where(dead, 0, idle))
 
-    def _latents(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """``(B, *S, D)`` -> ``(n, D)`` in the search's dtype; dropped positions become zero, whatever they held."""
-        if mask is not None:
-            z = z.masked_fill(~mask.unsqueeze(-1), 0)
-        z = z.reshape(-1, self.dim).to(search_dtype(z))
-        return F.normalize(z, dim=1) if self.l2_normalize else z
+    def _latents(self, z: Tensor) -> Tensor:
+        """``(B, *S, D)`` -> ``(n, D)`` in the search's dtype."""
+        return F.normalize(token_rows(z), dim=1) if self.l2_normalize else token_rows(z)
 
     def _codes(self, flat: Tensor) -> Tensor:
         """Codes ``(n, D)`` of valid indices ``(n,)``."""
@@ -162,19 +149,3 @@ class VectorQuantizer(Quantizer):
     def _all_codes(self) -> Tensor:
         codebook = self.codebook.detach()
         return F.normalize(codebook, dim=1) if self.l2_normalize else codebook
-
-
-def _gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all ranks, rank after rank."""
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
-
-
-def _mean_square(a: Tensor, b: Tensor, keep: Tensor | None) -> Tensor:
-    """Mean of the squared difference over all elements of the kept rows; 0 if none is kept."""
-    square = (a - b).square()
-    if keep is None:
-        return square.mean()
-    square = square * keep.unsqueeze(1)
-    return square.sum() / (keep.sum().clamp(min=1) * a.shape[1])

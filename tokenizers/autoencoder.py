@@ -5,7 +5,7 @@ The published single-stream systems (TiTok, VQGAN ...) are subclasses that only 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,11 @@ from .base import Stream, Tokenizer, TokenizerOutput, Tokens
 
 
 class AutoencoderTokenizer(Tokenizer):
-    """Encoder, quantizer, regularizers and decoder in a row; one stream of tokens named ``image``.
+    """Encoder, quantizer, regularizers and decoder in a row.
+
+    The tokens are one stream named ``image``, or one per block where the quantizer arranges its indices in blocks
+    (``scale_0``, ``scale_1`` ... of multi-scale residual quantization). A quantizer sees the tokens of an encoder with
+    a grid as ``(B, h, w, D)``, all others as ``(B, N, D)``.
 
     Args:
         encoder: image to latents.
@@ -83,8 +87,61 @@ class AutoencoderTokenizer(Tokenizer):
 
     def layout(self, image_size: tuple[int, int] | None = None) -> tuple[Stream, ...]:
         size = self.image_size if image_size is None else image_size
-        stream = Stream("image", self.encoder.num_tokens(size), self.quantizer.codebook_sizes, self.encoder.grid(size))
-        return (stream,)
+        streams = []
+        for block in self.quantizer.index_blocks(self._token_axes(size)):
+            grid = (block.shape[0], block.shape[1]) if len(block.shape) == 2 else None
+            sizes = self.quantizer.codebook_sizes[slice(*block.columns)]
+            streams.append(Stream(block.name or "image", block.length, sizes, grid))
+        return tuple(streams)
+
+    def _token_axes(self, size: tuple[int, int]) -> tuple[int, ...]:
+        return self.encoder.grid(size) or (self.encoder.num_tokens(size),)
+
+    def _to_tokens(self, indices: Tensor, size: tuple[int, int]) -> Tokens:
+        """Indices ``(B, *S, G)`` of a quantizer -> the streams of the layout."""
+        flat, start, streams = indices.flatten(1, -2), 0, {}
+        for block in self.quantizer.index_blocks(self._token_axes(size)):
+            part = flat[:, start : start + block.length, slice(*block.columns)]
+            streams[block.name or "image"] = part.contiguous()
+            start += block.length
+        return Tokens(streams, self.layout(size))
+
+    def _to_indices(self, tokens: Tokens) -> Tensor:
+        """Streams -> indices ``(B, *S, G)`` as the quantizer decodes them.
+
+        A prefix of a 1D stream, or the first streams of several, is enough: the rest counts as dropped.
+
+        Raises:
+            ValueError: for streams or codebooks that are not this tokenizer's.
+        """
+        native = self.layout()
+        names = [stream.name for stream in tokens.layout]
+        if names != [stream.name for stream in native][: len(names)]:
+            raise ValueError(
+                f"{type(self).__name__} decodes {_streams(stream.name for stream in native)}; got {_streams(names)}"
+            )
+        for stream, own in zip(tokens.layout, native, strict=False):
+            if stream.codebook_sizes != own.codebook_sizes:
+                raise ValueError(
+                    f"these tokens were made with codebooks of {stream.codebook_sizes} codes; "
+                    f"this {type(self).__name__} has {own.codebook_sizes}"
+                )
+        tokens.validate()
+        if len(native) == 1:
+            (stream,) = tokens.layout
+            indices = tokens.indices[stream.name]
+            return indices if stream.grid is None else indices.unflatten(1, stream.grid)
+        batch, device = len(tokens.indices[names[0]]), tokens.indices[names[0]].device
+        length = sum(stream.length for stream in native)
+        indices = torch.full((batch, length, self.quantizer.num_subcodes), -1, dtype=torch.int64, device=device)
+        start = 0
+        blocks = self.quantizer.index_blocks(self._token_axes(self.image_size))
+        for block, stream in zip(blocks, tokens.layout, strict=False):
+            if stream.length != block.length:
+                raise ValueError(f"stream {stream.name!r} must hold {block.length} tokens; got {stream.length}")
+            indices[:, start : start + block.length, slice(*block.columns)] = tokens.indices[stream.name]
+            start += block.length
+        return indices
 
     def latents(self, images: Tensor) -> Tensor:
         """Latents ``(B, N, D)`` of images ``(B, 3, H, W)`` in [0, 1], before the quantizer."""
@@ -100,23 +157,27 @@ class AutoencoderTokenizer(Tokenizer):
     def bottleneck(self, images: Tensor) -> TokenizerOutput:
         """:meth:`forward` without the decoder."""
         z = self.latents(images)  # (B, N, D)
-        result = self.quantizer(z)
-        quantized = result.quantized
+        size = (images.shape[2], images.shape[3])
+        result = self.quantizer(z.unflatten(1, self._token_axes(size)))
+        quantized = result.quantized.flatten(1, -2)  # (B, N, D)
         if self.training:
             for regularizer in self.regularizers:
-                quantized = regularizer(quantized, result.indices)
-        tokens = Tokens({"image": result.indices}, self.layout((images.shape[2], images.shape[3])))
+                quantized = regularizer(quantized, result.indices.flatten(1, -2))
+        tokens = self._to_tokens(result.indices, size)
         return TokenizerOutput(z, quantized, tokens, result.losses, result.statistics)
 
     def forward(self, images: Tensor) -> TokenizerOutput:
         output = self.bottleneck(images)
-        output.decoded = self.decode_latents(output.quantized, output.tokens.layout[0].grid)
+        grid = self.encoder.grid((images.shape[2], images.shape[3]))
+        output.decoded = self.decode_latents(output.quantized, grid)
         return output
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tokens:
         z = self.latents(images)
-        return Tokens({"image": self.quantizer.encode(z)}, self.layout((images.shape[2], images.shape[3])))
+        size = (images.shape[2], images.shape[3])
+        z = z.unflatten(1, self._token_axes(size))
+        return self._to_tokens(self.quantizer.encode(z), size)
 
     @torch.no_grad()
     def decode(self, tokens: Tokens, *, clamp: bool = True) -> Tensor:
@@ -125,17 +186,9 @@ class AutoencoderTokenizer(Tokenizer):
         Raises:
             ValueError: for tokens of another layout, or an index outside the codebook.
         """
-        stream = tokens.layout[0]
-        if len(tokens.layout) != 1 or stream.name != "image":
-            names = [stream.name for stream in tokens.layout]
-            raise ValueError(f"{type(self).__name__} decodes one stream named 'image'; got the streams {names}")
-        if stream.codebook_sizes != self.quantizer.codebook_sizes:
-            raise ValueError(
-                f"these tokens were made with codebooks of {stream.codebook_sizes} codes; "
-                f"this {type(self).__name__} has {self.quantizer.codebook_sizes}"
-            )
-        tokens.validate()
-        images = self.decode_latents(self.quantizer.decode(tokens.indices["image"]), stream.grid)
+        quantized = self.quantizer.decode(self._to_indices(tokens))  # (B, *S, D)
+        grid = tuple(quantized.shape[1:-1]) if quantized.ndim == 4 else None
+        images = self.decode_latents(quantized.flatten(1, -2), grid)
         return images.clamp(0, 1) if clamp else images
 
     def commit_update(self) -> None:
@@ -145,6 +198,11 @@ class AutoencoderTokenizer(Tokenizer):
         for part in (self.encoder, self.decoder):
             if getattr(part, "channels_last", False):
                 part.to(memory_format=torch.channels_last)
+
+
+def _streams(names: Iterable[str]) -> str:
+    names = [repr(name) for name in names]
+    return f"one stream named {names[0]}" if len(names) == 1 else f"the streams {', '.join(names)}"
 
 
 def _projection(in_dim: int, out_dim: int, projections: str) -> nn.Module:
