@@ -73,7 +73,7 @@ class Quantizer(Configurable):
     """Base class of all quantizers.
 
     A subclass sets :attr:`dim` and :attr:`codebook_sizes` and implements :meth:`assign`, :meth:`encode`,
-    :meth:`decode` and :meth:`neighbours`; :meth:`estimate` if its gradient is not the straight-through one.
+    :meth:`decode` and :meth:`neighbour_distances`; :meth:`estimate` if its gradient is not the straight-through one.
 
     Attributes:
         dim: D, the size of one latent.
@@ -147,15 +147,28 @@ class Quantizer(Configurable):
         ``-1`` decodes to the zero vector.
         """
 
-    def neighbours(self, indices: Tensor, k: int) -> Tensor:
-        """The ``k`` codes nearest to each given code, ``(B, *S, k, G)``, nearest first (the code itself leads).
+    @abstractmethod
+    def neighbour_distances(self, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The ``k`` codes nearest to each given code, and how far away they are.
 
-        Equal distances are ordered by the lowest index; ``-1`` has neighbours ``-1``.
+        Sub-codes of one token are one point of a product space: squared distances add up, also over the levels of
+        residual quantization.
+
+        Args:
+            indices: ``(B, *S, G)``.
+            k: between 1 and the number of codes of a token.
+
+        Returns:
+            Codes ``(B, *S, k, G)``, nearest first; the code itself leads, equal distances are ordered by the lowest
+            index, ``-1`` has neighbours ``-1``. Squared distances ``(B, *S, k)``.
 
         Raises:
-            NotImplementedError: for a quantizer whose codes have no common metric.
+            ValueError: for ``k`` out of range.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no metric between its codes")
+
+    def neighbours(self, indices: Tensor, k: int) -> Tensor:
+        """The codes of :meth:`neighbour_distances`, ``(B, *S, k, G)``: for latent perturbation and pFID."""
+        return self.neighbour_distances(indices, k)[0]
 
     def index_blocks(self, shape: tuple[int, ...]) -> tuple[IndexBlock, ...]:
         """How the indices of latents with token axes ``shape`` are arranged: one block unless a quantizer says more."""

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from .base import Quantized, Quantizer, count_codes, drop, drop_indices, mean_over_kept, token_rows
 from .distributed import gather_rows, sum_over_ranks
-from .search import full_precision, nearest_codes
+from .neighbours import table_neighbours
+from .search import nearest_codes
 
 RESTART_CANDIDATES = 256  # latents per rank and step that a dead code may move to
 
@@ -95,22 +96,11 @@ class VectorQuantizer(Quantizer):
         return codes.view(*indices.shape[:-1], self.dim)
 
     @torch.no_grad()
-    def neighbours(self, indices: Tensor, k: int) -> Tensor:
+    def neighbour_distances(self, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
         self.check_indices(indices)
-        if not 1 <= k <= len(self.codebook):
-            raise ValueError(f"k must lie between 1 and the codebook size {len(self.codebook)}; got {k}")
-        with full_precision(indices.device):
-            codes = self._all_codes()
-            flat = indices.reshape(-1)
-            wanted, where = flat.clamp(min=0).unique(return_inverse=True)
-            rows = max(1, (1 << 22) // len(codes))
-            nearest = []
-            for block in wanted.split(rows):
-                distances = torch.cdist(codes[block], codes, compute_mode="donot_use_mm_for_euclid_dist")  # (n, K)
-                distances[torch.arange(len(block), device=block.device), block] = -1  # a duplicate cannot go first
-                nearest.append(distances.topk(k, largest=False).indices)
-        found = torch.cat(nearest)[where].masked_fill((flat < 0).unsqueeze(1), -1)
-        return found.view(*indices.shape[:-1], k, 1)
+        found, distances = table_neighbours(self._all_codes(), indices.reshape(-1), k)
+        shape = indices.shape[:-1]
+        return found.view(*shape, k, 1), distances.view(*shape, k)
 
     def _gather(self, latents: Tensor, keep: Tensor | None, counts: Tensor) -> None:
         """Note which codes were used, and some random latents that unused ones may move to."""
