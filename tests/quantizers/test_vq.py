@@ -247,7 +247,7 @@ def test_neighbours_equal_brute_force(l2_normalize):
     found = quantizer.neighbours(indices, 4)
     assert found.shape == (2, 6, 4, 1) and torch.equal(found[..., 0], expected)
     assert (quantizer.neighbours(torch.full((1, 1, 1), -1), 3) == -1).all()
-    with pytest.raises(ValueError, match="between 1 and the codebook size 37; got 38"):
+    with pytest.raises(ValueError, match="between 1 and the number of codes, 37; got 38"):
         quantizer.neighbours(indices, 38)
 
 
