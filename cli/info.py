@@ -65,6 +65,8 @@ def _to_json(facts: dict[str, Any]) -> str:
 
 
 def _to_text(facts: dict[str, Any]) -> str:
+    from ..hub.format import codebook_text
+
     image = facts["image"]
     height, width = image["size"]
     sizes = f"any size divisible by {image['stride']}" if image["any_image_size"] else "this size only"
@@ -78,7 +80,7 @@ def _to_text(facts: dict[str, Any]) -> str:
     lines.append(("image", f"{height}x{width}, {sizes}, crop {image['crop']}"))
     for stream in facts["streams"]:
         grid = f" ({stream['grid'][0]}x{stream['grid'][1]} grid)" if stream["grid"] else ""
-        codebooks = " x ".join(f"{size:,}" for size in stream["codebook_sizes"])
+        codebooks = codebook_text(stream["codebook_sizes"])
         lines.append((f"stream {stream['name']}", f"{stream['length']} tokens{grid}, codebook {codebooks}"))
     lines.append(("bits", f"{facts['bits_per_image']:g} per image, {facts['bits_per_pixel']:.4g} per pixel"))
     lines += [(key, json.dumps(value)) for key, value in facts["metadata"].items()]

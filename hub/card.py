@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .format import codebook_text
+
 HEADER_KEYS = ("license", "datasets", "base_model", "language")
 
 
@@ -43,7 +45,7 @@ def _summary(config: dict[str, Any]) -> str:
     height, width = config["image"]["size"]
     streams = config["tokens"]["streams"]
     tokens = " + ".join(
-        f"{stream['length']} {stream['name']} tokens of {'x'.join(map(str, stream['codebook_sizes']))} codes"
+        f"{stream['length']} {stream['name']} tokens of {codebook_text(stream['codebook_sizes'])} codes"
         for stream in streams
     )
     bits = config["tokens"]["bits"]

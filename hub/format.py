@@ -9,7 +9,9 @@ config beside the weights of another export is noticed.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,3 +114,9 @@ def describe(tokenizer: Tokenizer, *, crop: str = "center") -> dict[str, Any]:
         },
         "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
     }
+
+
+def codebook_text(codebook_sizes: Sequence[int]) -> str:
+    """Codebook sizes for people: ``8,192``, ``64 x 4,096``; equal neighbours as a power, ``2^64``."""
+    runs = [(size, len(list(run))) for size, run in itertools.groupby(codebook_sizes)]
+    return " x ".join(f"{size:,}" if length == 1 else f"{size:,}^{length}" for size, length in runs)

@@ -185,10 +185,8 @@ def _report(
 ) -> None:
     print(f"\nTrained for {step} steps.")
     if "val/psnr" in metrics:
-        print(
-            f"  validation      {metrics['val/psnr']:.2f} dB PSNR on {metrics['val/images']:.0f} images, "
-            f"{100 * metrics.get('val/usage', 0):.0f} % of the codes used"
-        )
+        usage = f", {100 * metrics['val/usage']:.0f} % of the codes used" if "val/usage" in metrics else ""
+        print(f"  validation      {metrics['val/psnr']:.2f} dB PSNR on {metrics['val/images']:.0f} images{usage}")
     print(f"  metrics         {run_dir / 'metrics.json'}")
     if grid is not None:
         print(f"  reconstructions {grid}")

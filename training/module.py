@@ -134,7 +134,7 @@ class TokenizerTraining(pl.LightningModule):
 
     @torch.no_grad()
     def _log_training(self, result: ObjectiveOutput, images: Tensor) -> None:
-        values = {"loss": result.loss.detach(), **result.terms}
+        values = {"loss": result.loss.detach(), **result.terms, **_scalars(result.output.statistics)}
         if result.reconstruction is not None:
             values["psnr"] = psnr(result.reconstruction, images).mean()
         values = {name: self.trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in values.items()}
@@ -159,7 +159,8 @@ class TokenizerTraining(pl.LightningModule):
         result = self.objective(tokenizer, images, self.global_step)
         n = torch.tensor(float(len(images)), device=self.device)
         sums = {"images": n, "loss": result.loss.detach().float() * n}
-        sums |= {name: value.float() * n for name, value in result.terms.items()}
+        scalars = result.terms | _scalars(result.output.statistics)
+        sums |= {name: value.float() * n for name, value in scalars.items()}
         if result.reconstruction is not None:
             sums["psnr"] = psnr(result.reconstruction, images).sum()
         if "counts" in result.output.statistics:
@@ -215,3 +216,7 @@ def _differences(stored: Any, current: Any, path: str = "tokenizer") -> Any:
             yield from _differences(stored.get(key), current.get(key), f"{path}.{key}".replace(".init_args", ""))
     elif stored != current:
         yield f"{path}: {stored!r} in the checkpoint, {current!r} in the config"
+
+
+def _scalars(statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in statistics.items() if value.ndim == 0}

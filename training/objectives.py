@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..losses.perceptual import LPIPSLoss
 from ..losses.pixel import PixelLoss
 from ..tokenizers.base import Tokenizer, TokenizerOutput
+from .schedules import Ramp
 
 
 @dataclass
@@ -48,7 +49,8 @@ class ReconstructionObjective(Objective):
         l1: weight of the mean absolute pixel error.
         l2: weight of the mean squared pixel error.
         perceptual: LPIPS term, off if ``None``.
-        quantizer_weights: weight of each loss that the quantizer returns, over its published defaults; 0 turns one off.
+        quantizer_weights: weight of each loss that the quantizer returns, over its published defaults: a number (0
+            turns the loss off), or a :class:`~vistok.training.schedules.Ramp` over the optimizer steps.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class ReconstructionObjective(Objective):
         l1: float = 0.0,
         l2: float = 1.0,
         perceptual: LPIPSLoss | None = None,
-        quantizer_weights: dict[str, float] | None = None,
+        quantizer_weights: dict[str, float | Ramp] | None = None,
     ) -> None:
         super().__init__()
         self.pixel = PixelLoss(l1, l2)
@@ -71,15 +73,16 @@ class ReconstructionObjective(Objective):
             perceptual = self.perceptual(output.decoded, images)
             terms["lpips"] = perceptual.detach()
             loss = loss + self.perceptual.weight * perceptual
-        weights = self._weights(tokenizer, output.losses)
+        weights = self._weights(tokenizer, output.losses, step)
         for name, value in output.losses.items():
             terms[name] = value.detach()
             if weights[name]:
                 loss = loss + weights[name] * value
         return ObjectiveOutput(loss, output, terms, output.decoded)
 
-    def _weights(self, tokenizer: Tokenizer, losses: dict[str, Tensor]) -> dict[str, float]:
+    def _weights(self, tokenizer: Tokenizer, losses: dict[str, Tensor], step: int) -> dict[str, float]:
         weights = {**tokenizer.default_loss_weights, **self.quantizer_weights}
+        weights = {name: value.at(step) if isinstance(value, Ramp) else value for name, value in weights.items()}
         unknown = sorted(set(self.quantizer_weights) - set(losses))
         if unknown:
             raise ValueError(f"quantizer_weights names {unknown}; this tokenizer's losses are {sorted(losses)}")

@@ -13,6 +13,7 @@ from vistok.losses.pixel import PixelLoss
 from vistok.training.ema import ema_copy, ema_decay, ema_update
 from vistok.training.objectives import ReconstructionObjective
 from vistok.training.optimization import Optimization, parameter_groups
+from vistok.training.schedules import Ramp
 
 
 def titok():
@@ -125,5 +126,21 @@ def test_codebook_statistics_of_known_distributions():
     two = codebook_statistics(torch.tensor([9, 0, 1, 1, 1, 1]), (2, 4))
     assert float(two["usage"]) == pytest.approx(5 / 6) and float(two["perplexity"]) == pytest.approx((1 + 4) / 2)
     assert float(codebook_statistics(torch.zeros(4, dtype=torch.int64), (4,))["usage"]) == 0
+    assert float(two["dead_codes"]) == 1 and "usage/0" not in uniform
+    assert [float(two[f"usage/{level}"]) for level in range(2)] == [0.5, 1]
+    assert [float(two[f"perplexity/{level}"]) for level in range(2)] == pytest.approx([1, 4])
     with pytest.raises(ValueError, match=r"\(6,\); got \(5,\)"):
         codebook_statistics(torch.zeros(5), (2, 4))
+
+
+def test_a_quantizer_weight_can_ramp_over_the_steps():
+    ramp = Ramp(start=3.0, end=1.0, steps=4, begin=2)
+    assert [ramp.at(step) for step in (0, 2, 3, 4, 6, 100)] == [3, 3, 2.5, 2, 1, 1]
+    images, model = torch.rand(2, 3, 16, 16), titok()
+    objective = ReconstructionObjective(quantizer_weights={"codebook": 0.0, "commitment": ramp})
+    for step in (0, 4):
+        result = objective(model, images, step)
+        expected = result.terms["pixel"] + ramp.at(step) * result.terms["commitment"]
+        torch.testing.assert_close(result.loss.detach(), expected)
+    with pytest.raises(ValueError, match="steps=0"):
+        Ramp(1, 0, 0)
