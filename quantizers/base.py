@@ -40,6 +40,7 @@ class Quantized:
             used in this call, the sub-codes one after another (absent above 2^20 codes).
         latents: ``(B, *S, D)`` what ``quantized`` stands for: the latents as the quantizer compares them with its
             codes (normalised, bounded ...), zero at dropped positions, with their gradient.
+        parts: in a container that estimates with its inner quantizers, what their ``assign`` returned, in their order.
     """
 
     quantized: Tensor
@@ -47,6 +48,7 @@ class Quantized:
     losses: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     latents: Tensor | None = None
+    parts: tuple[Quantized, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ class Quantizer(Configurable):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
-            if new.dtype != old.dtype and new.dtype != torch.float64:
-                setattr(self, name, old.to(new.device) if not new.is_meta else torch.empty_like(new, dtype=old.dtype))
+            if new.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, torch.empty_like(new, dtype=torch.float32) if new.is_meta else old.to(new.device))
         return self
 
 

@@ -3,19 +3,32 @@
 ``argmin_k |z - e_k|^2`` equals ``argmax_k z.e_k - |e_k|^2 / 2``; the search runs over blocks of tokens and codes with
 one small buffer and a running maximum, so memory never grows with N x K. It computes in float32 (float64 for float64
 latents) whatever the autocast or the TF32 setting: in bfloat16 several per cent of the indices come out wrong.
+
+The lowest index wins a tie. Matrix products give no such promise: they may round two equal codes differently, by where
+these stand in the block. So the torch version looks up the lowest index that holds the code it found.
+
+On a GPU with Triton, float32 latents of up to :data:`TRITON_DIM` channels go to one fused kernel
+(:mod:`.search_triton`); :data:`BACKEND` forces either version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from .operators import operator
+
+BACKEND = "auto"  # or "torch", "triton": use that one wherever the search runs
 CODE_BLOCK = 8192
-CPU_BUFFER = 1 << 19  # elements: 2 MB of float32 stay in a core's cache
+CODE_CHUNK = 64  # codes whose maximum is taken first; only the best chunk of a token is looked at again
+CPU_BUFFER = 1 << 19  # elements for each thread: 2 MB of float32 stay in a core's cache
 GPU_BUFFER = 1 << 26
+TRITON_DIM = 256  # a wider latent makes the search a plain matrix product
 
 
 def search_dtype(z: Tensor) -> torch.dtype:
@@ -52,17 +65,21 @@ def nearest_codes(z: Tensor, codebook: Tensor, *, buffer_elements: int | None = 
 
 
 # An operator of its own, so that torch.compile sees one call and no loop over blocks.
-@torch.library.custom_op("vistok::nearest_codes", mutates_args=())
+@operator("nearest_codes")
 def _nearest_codes(z: Tensor, codebook: Tensor, buffer_elements: int) -> Tensor:
     dtype = search_dtype(z)
     with torch.no_grad(), full_precision(z.device):
-        codebook = codebook.to(dtype)
-        # Distances do not change when both sides move; centred, a common offset cannot eat the precision.
-        centre = codebook.mean(0)
-        codes = codebook - centre  # (K, D)
+        centre = _centre(codebook, dtype)
         latents = z.to(dtype) - centre  # (N, D)
-        bias = codes.square().sum(1).mul_(-0.5)  # (K,)
-        return best_scores(latents, codes, bias, buffer_elements)
+
+        def part(first: int, last: int) -> tuple[Tensor, Tensor]:
+            codes = codebook[first:last].to(dtype) - centre  # (k, D)
+            return codes, codes.square().sum(1).mul_(-0.5)
+
+        if _use_triton(latents, len(codebook)):
+            return _triton_search(latents, *part(0, len(codebook)))
+        found = _search(latents, len(codebook), part, buffer_elements)
+        return _lowest_equal(found, _row_keys(codebook), codebook)
 
 
 @_nearest_codes.register_fake
@@ -82,22 +99,120 @@ def best_scores(latents: Tensor, codes: Tensor, bias: Tensor, buffer_elements: i
     Returns:
         ``(N,)`` int64.
     """
+    if _use_triton(latents, len(codes)):
+        return _triton_search(latents, codes, bias)
+    found = _search(latents, len(codes), lambda first, last: (codes[first:last], bias[first:last]), buffer_elements)
+    # Codes with different biases are different: a second round of mixing keeps their keys apart.
+    keys = _mixed(_row_keys(codes)) + _row_keys(bias.unsqueeze(1))
+    return _lowest_equal(found, keys, codes, bias)
+
+
+def _centre(codebook: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(D,)`` roughly the mean of the codes: distances do not change when both sides move by it.
+
+    Centred, a common offset cannot eat the precision. The mean is rounded to an eighth of the power of two below the
+    spread of the codes, so that codes and latents on a grid stay on it and a tie between them stays a tie.
+    """
+    mean = codebook.mean(0, dtype=dtype)  # (D,)
+    lowest, highest = codebook.aminmax(dim=0)
+    spread = torch.maximum(highest.to(dtype) - mean, mean - lowest.to(dtype)).max()
+    step = spread / spread.frexp().mantissa / 16
+    return torch.where(step > 0, (mean / step).round() * step, mean)
+
+
+def _search(
+    latents: Tensor, num_codes: int, part: Callable[[int, int], tuple[Tensor, Tensor]], buffer_elements: int
+) -> Tensor:
+    """``(N,)`` best indices over codes and biases that ``part(first, last)`` makes when they are needed."""
     if not buffer_elements:
-        buffer_elements = CPU_BUFFER if latents.device.type == "cpu" else GPU_BUFFER
-    code_block = min(CODE_BLOCK, len(codes))
-    token_block = max(1, min(len(latents), buffer_elements // code_block))
-    buffer = torch.empty(token_block * code_block, dtype=latents.dtype, device=latents.device)
+        on_cpu = latents.device.type == "cpu"
+        buffer_elements = CPU_BUFFER * torch.get_num_threads() if on_cpu else GPU_BUFFER
+    # The bias rides along as one more channel: adding it would be a second pass over the scores.
+    latents = torch.cat([latents, latents.new_ones(len(latents), 1)], 1)  # (N, D + 1)
+    blocks = -(-num_codes // CODE_BLOCK)
+    chunk = min(CODE_CHUNK, num_codes)
+    height = -(-num_codes // (blocks * chunk)) * chunk  # blocks of about the same size, in whole chunks
+    token_block = max(1, min(len(latents), buffer_elements // height))
+    scores = latents.new_empty(height * token_block)
+    block = latents.new_empty(height, latents.shape[1])
+    best = latents.new_full((len(latents),), -torch.inf)
     indices = torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
-    for start in range(0, len(latents), token_block):
-        block = latents[start : start + token_block]  # (n, D)
-        best = torch.full((len(block),), -torch.inf, dtype=latents.dtype, device=latents.device)
-        chosen = indices[start : start + token_block]
-        for first in range(0, len(codes), code_block):
-            part = codes[first : first + code_block]  # (k, D)
-            scores = buffer[: len(block) * len(part)].view(len(block), len(part))
-            torch.addmm(bias[first : first + code_block], block, part.T, out=scores)
-            value, index = scores.max(1)
-            better = value > best  # strict: an equal score of an earlier block stays
-            torch.where(better, value, best, out=best)
-            torch.where(better, index + first, chosen, out=chosen)
+    for first in range(0, num_codes, height):
+        codes, bias = part(first, min(first + height, num_codes))
+        block[: len(codes), :-1], block[: len(codes), -1] = codes, bias
+        filled = -(-len(codes) // chunk) * chunk
+        block[len(codes) : filled, :-1], block[len(codes) : filled, -1] = 0, -torch.inf  # they never win
+        for start in range(0, len(latents), token_block):
+            tokens = slice(start, start + token_block)
+            value, index = _best_of_block(block[:filled], latents[tokens], chunk, scores)
+            better = value > best[tokens]  # strict: an equal score of an earlier block stays; NaN never wins
+            torch.where(better, value, best[tokens], out=best[tokens])
+            torch.where(better, index + first, indices[tokens], out=indices[tokens])
     return indices
+
+
+def _best_of_block(codes: Tensor, latents: Tensor, chunk: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Highest score and its index, each ``(n,)``: first the best chunk of codes, then the best code in it.
+
+    Maxima without their place, over rows of tokens, are what a processor does fast.
+    """
+    count = len(latents)
+    scores = scores[: len(codes) * count].view(len(codes), count)  # (k, n)
+    torch.mm(codes, latents.T, out=scores)
+    scores = scores.view(-1, chunk, count)  # (c, chunk, n)
+    value, place = scores.amax(1).max(0)  # (n,)
+    candidates = scores[place, :, torch.arange(count, device=scores.device)]  # (n, chunk)
+    return value, candidates.argmax(1).add_(place, alpha=chunk)
+
+
+def _lowest_equal(found: Tensor, keys: Tensor, *tables: Tensor) -> Tensor:
+    """The lowest index whose rows in all tables equal those of each index found, ``(N,)``.
+
+    Args:
+        found: ``(N,)`` int64.
+        keys: ``(K,)`` int64, equal for equal rows; rows that differ are told apart even where their keys are equal.
+        tables: ``(K, ...)``.
+    """
+    ordered, order = keys.sort(stable=True)
+    lowest = order[torch.searchsorted(ordered, keys[found])]  # the leftmost of equal keys
+    for table in tables:
+        same = table[lowest] == table[found]
+        lowest = torch.where(same if same.ndim == 1 else same.all(1), lowest, found)
+    return lowest
+
+
+def _row_keys(rows: Tensor) -> Tensor:
+    """``(K,)`` int64, a hash of the numbers in each row of ``(K, D)``, in exact arithmetic (integers wrap around)."""
+    multipliers = _mixed(torch.arange(1, rows.shape[1] + 1, device=rows.device)) | 1  # (D,)
+    keys = []
+    for block in rows.split(CODE_BLOCK):
+        block = block.to(search_dtype(block)).contiguous() + 0.0  # -0 becomes 0
+        bits = block.view(torch.int64 if block.dtype == torch.float64 else torch.int32)
+        keys.append((bits.to(torch.int64) * multipliers).sum(1))
+    return torch.cat(keys)
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Scrambled int64 (two rounds of multiply and shift, as in splitmix64)."""
+    values = values * -0x61C8864680B583EB
+    values = (values ^ (values >> 30)) * -0x40A7B892E31B1A47
+    return values ^ (values >> 27)
+
+
+def _triton_search(latents: Tensor, codes: Tensor, bias: Tensor) -> Tensor:
+    from . import search_triton
+
+    return search_triton.best_scores(latents, codes, bias)
+
+
+def _use_triton(latents: Tensor, num_codes: int) -> bool:
+    if BACKEND != "auto":
+        return BACKEND == "triton"
+    tokens, dim = latents.shape
+    fits = dim <= TRITON_DIM and dim * max(tokens, num_codes) < 2**31  # it counts in 32 bits
+    return fits and latents.is_cuda and latents.dtype == torch.float32 and _triton_is_installed()
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,7 +1,11 @@
-"""Vector quantization: search, gradients, losses and masks against closed forms and brute force."""
+"""Vector quantization: search, gradients, losses and masks against closed forms, brute force and the originals."""
 
+import copy
+import importlib.util
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,10 @@ import torch.nn.functional as F
 
 from vistok import VectorQuantizer
 from vistok.quantizers.search import nearest_codes
+
+_spec = importlib.util.spec_from_file_location("vistok_test_parity", Path(__file__).with_name("parity.py"))
+parity = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(parity)
 
 BOTH = pytest.mark.parametrize("l2_normalize", [False, True])
 
@@ -349,3 +357,200 @@ def test_a_quantizer_without_restart_keeps_no_state():
     assert set(quantizer.state_dict()) == {"codebook"}
     with pytest.raises(ValueError, match="restart_after .* got 0"):
         VectorQuantizer(4, 2, restart_after=0)
+
+
+def test_a_step_without_any_kept_token_changes_no_state():
+    quantizer, z = restarting(after=1), torch.randn(1, 6, 3)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    step(quantizer, z, torch.zeros(1, 6, dtype=torch.bool))
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_no_two_codes_move_onto_one_latent():
+    quantizer, z = restarting(codes=40, after=1), torch.randn(1, 6, 3)
+    for number in range(1, 7):
+        before = quantizer.codebook.detach().clone()
+        step(quantizer, z)
+        moved = quantizer.codebook[(quantizer.codebook != before).any(1)].detach()
+        assert len(moved) <= 6 and len(moved.unique(dim=0)) == len(moved), number
+
+
+def test_a_frozen_codebook_is_not_restarted():
+    quantizer = restarting(after=1)
+    quantizer.requires_grad_(False)
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    step(quantizer, torch.randn(1, 6, 3, requires_grad=True))
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+# ---- latents that are not finite
+
+
+@BOTH
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_latent_that_is_not_finite_breaks_the_encoder_loss_but_not_the_codebook(l2_normalize, bad):
+    if l2_normalize and bad == 1e30:
+        bad = -float("inf")  # normalising takes 1e30 for zero, its length overflows
+    quantizer, z = make(l2_normalize, dtype=torch.float32), latents(2, 5, 5, dtype=torch.float32)
+    z[0, 2] = bad
+    good = torch.ones(2, 5, dtype=torch.bool)
+    good[0, 2] = False
+    result = quantizer(z)
+    assert not result.losses["commitment"].isfinite()
+    assert ((result.indices >= 0) & (result.indices < 37)).all()
+    gradients = []
+    for losses in (result.losses, quantizer(z, good).losses):
+        quantizer.zero_grad()
+        losses["codebook"].backward()
+        gradients.append(quantizer.codebook.grad.clone())
+    assert gradients[0].isfinite().all() and torch.allclose(*gradients, rtol=1e-6)
+
+
+# ---- casts, copies and compilation
+
+
+def test_a_codebook_in_half_precision_is_compared_in_float32():
+    quantizer, z = make(dtype=torch.bfloat16), latents(2, 9, 5, dtype=torch.bfloat16)
+    result = quantizer.eval()(z)
+    assert result.quantized.dtype == torch.float32 and torch.equal(result.quantized, quantizer.decode(result.indices))
+
+
+OPTIONS = {
+    "plain": {},
+    "restart": {"restart_after": 2},
+    "ema": {"codebook_update": "ema", "restart_below": 0.5},
+    "kmeans": {"codebook_update": "ema", "kmeans_steps": 2, "estimator": "rotation"},
+    "anchors": {"anchors": True, "l2_normalize": True},
+    "soft": {"estimator": "softmax", "entropy_temperature": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_copies_and_loaded_states_go_on_alike(name):
+    torch.manual_seed(0)
+    quantizer, z = VectorQuantizer(12, 3, **OPTIONS[name]), torch.randn(2, 10, 3)
+    step(quantizer, z)
+    quantizer(z)  # a copy in the middle of a step takes along what has been gathered
+    others = [copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))]
+    outcomes = []
+    for one in (quantizer, *others):
+        torch.manual_seed(1)
+        one.commit_update()
+        step(one, z)
+        outcomes.append(one.state_dict())
+    assert all(torch.equal(outcomes[0][key], state[key]) for state in outcomes for key in outcomes[0])
+    fresh = VectorQuantizer(12, 3, **OPTIONS[name])
+    fresh.load_state_dict(quantizer.state_dict())
+    for one in (quantizer, fresh):
+        torch.manual_seed(2)
+        step(one, z)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_training_compiles_into_one_graph(name):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(12, 3, **OPTIONS[name])
+    eager, compiled = quantizer, torch.compile(copy.deepcopy(quantizer), fullgraph=True, backend="aot_eager")
+    z, mask = torch.randn(2, 10, 3), torch.rand(2, 10) > 0.2
+    for number in range(3):
+        gradients, results = [], []
+        for one in (eager, compiled):
+            torch.manual_seed(number)
+            latent = z.clone().requires_grad_()
+            results.append(one(latent, mask))
+            (sum(results[-1].losses.values()) + results[-1].quantized.square().sum()).backward()
+            one.commit_update()
+            gradients.append(latent.grad)
+        assert torch.equal(results[0].indices, results[1].indices)
+        assert torch.allclose(*gradients, atol=1e-6)
+    for (key, value), other in zip(eager.state_dict().items(), compiled.state_dict().values(), strict=True):
+        assert torch.allclose(value, other, atol=1e-6), key
+
+
+# ---- the originals
+
+
+def gradients_of(loss, *inputs):
+    return torch.autograd.grad(loss, inputs, retain_graph=True)
+
+
+def close_in_scale(actual, expected, tolerance=1e-5):
+    """Within ``tolerance`` of the largest expected value, however small that is."""
+    parity.assert_close(actual / expected.abs().max(), expected / expected.abs().max(), tolerance)
+
+
+def original(name, l2_normalize, codebook="embedding.weight", latents="z", **options):
+    """A quantizer with a fixture's codebook, its latents channel-last, and what is expected of it."""
+    _, weights, io = parity.fixture(name)
+    quantizer = VectorQuantizer(*weights[codebook].shape, l2_normalize, **options)
+    quantizer.codebook.data.copy_(weights[codebook])
+    return quantizer, parity.channel_last(io[latents]).contiguous().requires_grad_(), io
+
+
+@pytest.mark.parametrize("l2_normalize", [False, True])
+def test_titok_gives_the_same(l2_normalize):
+    quantizer, z, io = original(f"losses-titok-vq-{'l2' if l2_normalize else 'plain'}", l2_normalize)
+    result = quantizer(z)
+    assert torch.equal(result.indices.squeeze(-1), io["indices"])
+    parity.assert_close(result.quantized, parity.channel_last(io["z_quantized"]))
+    parity.assert_close(0.25 * result.losses["commitment"], io["commitment_loss"])
+    parity.assert_close(result.losses["codebook"], io["codebook_loss"])
+    total = sum(weight * result.losses[name] for name, weight in quantizer.default_loss_weights.items())
+    parity.assert_close(total, io["quantizer_loss"])
+    to_z, to_codebook = gradients_of(total, z, quantizer.codebook)
+    close_in_scale(to_z, parity.channel_last(io["grad_z_of_quantizer_loss"]))
+    close_in_scale(to_codebook, io["grad_codebook_of_quantizer_loss"])
+    (through,) = gradients_of((result.quantized * parity.channel_last(io["grad_out"])).sum(), z)
+    close_in_scale(through, parity.channel_last(io["grad_z_of_output"]))
+
+
+@pytest.mark.parametrize("kind,weights", [("legacy", (1.0, 0.25)), ("fixed", (0.25, 1.0))])
+def test_taming_gives_the_same_with_beta_on_either_loss(kind, weights):
+    quantizer, z, io = original("losses-taming-vq", False)
+    result = quantizer(z)
+    assert torch.equal(result.indices.flatten(), io["indices"])
+    parity.assert_close(result.quantized, parity.channel_last(io["z_quantized"]))
+    total = weights[0] * result.losses["commitment"] + weights[1] * result.losses["codebook"]
+    parity.assert_close(total, io[f"loss_{kind}"])
+    to_z, to_codebook = gradients_of(total, z, quantizer.codebook)
+    close_in_scale(to_z, parity.channel_last(io[f"grad_z_of_loss_{kind}"]))
+    close_in_scale(to_codebook, io[f"grad_codebook_of_loss_{kind}"])
+    (through,) = gradients_of((result.quantized * parity.channel_last(io["grad_out"])).sum(), z)
+    close_in_scale(through, parity.channel_last(io["grad_z_of_output"]))
+
+
+@pytest.mark.parametrize("name,estimator", [("ste", "straight_through"), ("rot", "rotation")])
+def test_gigatok_gives_the_same(name, estimator):
+    quantizer, z, io = original(
+        f"losses-gigatok-vq-{name}", True, estimator=estimator, entropy_temperature=0.01, entropy_eps=1e-5
+    )
+    result = quantizer(z)
+    assert torch.equal(result.indices.flatten(), io["indices"])
+    # The original's rotation has 1e-6 in every denominator, so its output is not quite the code.
+    parity.assert_close(result.quantized, parity.channel_last(io["z_quantized"]))
+    close_in_scale(result.quantized, parity.channel_last(io["codebook_entry"]), 1e-6)
+    parity.assert_close(0.25 * result.losses["commitment"], io["commit_loss"])
+    parity.assert_close(result.losses["codebook"], io["vq_loss"])
+    close_in_scale(0.005 * result.losses["entropy"], io["entropy_loss"])
+    total = sum(weight * result.losses[key] for key, weight in quantizer.default_loss_weights.items())
+    to_z, to_codebook = gradients_of(total, z, quantizer.codebook)
+    close_in_scale(to_z, parity.channel_last(io["grad_z_of_losses"]))
+    close_in_scale(to_codebook, io["grad_codebook_of_losses"])
+    (through,) = gradients_of((result.quantized * parity.channel_last(io["grad_out"])).sum(), z)
+    close_in_scale(through, parity.channel_last(io["grad_z_of_output"]))
+    parity.assert_close(quantizer.eval()(z).quantized, parity.channel_last(io["z_quantized_eval"]))
+
+
+def test_robusttok_gives_the_same_without_perturbation():
+    quantizer, z, io = original("robusttok-perturbation", True, "quantize.embedding.weight", "latents")
+    result = quantizer(z)
+    assert torch.equal(result.indices.flatten(), io["indices"])
+    parity.assert_close(result.quantized, parity.channel_last(io["quantized"]))
+    parity.assert_close(result.losses["codebook"], io["vq_loss"])
+    parity.assert_close(0.25 * result.losses["commitment"], io["commit_loss"])
+    to_z, to_codebook = gradients_of(
+        0.25 * result.losses["commitment"] + result.losses["codebook"], z, quantizer.codebook
+    )
+    close_in_scale(to_z, parity.channel_last(io["grad_latents__vq_plus_commit"]))
+    close_in_scale(to_codebook, io["grad_codebook__vq_plus_commit"])
