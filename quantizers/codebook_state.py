@@ -19,10 +19,20 @@ from .draws import draw_uniform
 # ---- moving averages
 
 
-def moving_average(average: Tensor, total: Tensor, tokens: Tensor, decay: float) -> Tensor:
-    """``decay * average + (1 - decay) * total / tokens``; unchanged if there were no tokens."""
-    fraction = total.to(average.dtype) / tokens.clamp(min=1).to(average.dtype)
-    return torch.where(tokens > 0, average * decay + fraction * (1 - decay), average)
+def update_average_(average: Tensor, total: Tensor, tokens: Tensor, decay: float) -> None:
+    """``average <- decay * average + (1 - decay) * total / tokens``, in place; unchanged if there were no tokens.
+
+    Args:
+        average: ``(K, ...)``.
+        total: ``(K, ...)`` sums over the tokens. A floating-point one of the same dtype is used up as scratch: a copy
+            of a large codebook's sums would be the largest tensor of a training step.
+        tokens: scalar, their number.
+        decay: of the average.
+    """
+    new = (tokens > 0).to(average.dtype) * (1 - decay)
+    share = new / tokens.clamp(min=1).to(average.dtype)
+    average.mul_(1 - new)
+    average.add_(total.mul_(share) if total.dtype == average.dtype else total.to(average.dtype) * share)
 
 
 def codes_from_averages(usage: Tensor, sums: Tensor, epsilon: float) -> Tensor:

@@ -40,10 +40,10 @@ from .codebook_state import (
     anchor_of_all_ranks,
     assign_replacements,
     codes_from_averages,
-    moving_average,
     nearer,
     pull_strength,
     sample_of_all_ranks,
+    update_average_,
 )
 from .distributed import sum_over_ranks
 from .entropy import codebook_entropy
@@ -302,7 +302,7 @@ class VectorQuantizer(CodebookQuantizer):
         counts = sum_over_ranks(counts)
         tokens = counts.sum()
         if hasattr(self, "usage"):
-            self.usage.copy_(moving_average(self.usage, counts, tokens, self.ema_decay))
+            update_average_(self.usage, counts, tokens, self.ema_decay)
         if sums is not None:
             self._average(sum_over_ranks(sums), tokens)
         if anchors is not None:
@@ -312,10 +312,10 @@ class VectorQuantizer(CodebookQuantizer):
 
     def _average(self, sums: Tensor, tokens: Tensor) -> None:
         """Moving averages of the latents, and the codes that follow from them."""
-        self.sums.copy_(moving_average(self.sums, sums, tokens, self.ema_decay))
+        update_average_(self.sums, sums, tokens, self.ema_decay)
         codes = codes_from_averages(self.usage, self.sums, self.ema_eps)
         codes = F.normalize(codes, dim=1) if self.l2_normalize else codes
-        self.codebook.copy_(torch.where(tokens > 0, codes, self.codebook))
+        torch.where(tokens > 0, codes, self.codebook, out=self.codebook)
 
     def _pull(self, distances: Tensor, anchors: Tensor) -> None:
         """Pull each code to its anchor, the more the less it is used."""
