@@ -27,7 +27,8 @@ class BernoulliQuantizer(BinaryQuantizer):
 
     Losses: ``variance`` is ``p (1 - p)`` and ``kl`` the Kullback-Leibler divergence from the fair coin, ``ln 2`` minus
     the entropy, in nats; both with ``p = sigmoid(latents)``, mean over all elements. The published system uses the
-    first, as one term of a sum without a stated weight.
+    first; its weight is not known. Ours is small: with weight 1 a small model freezes its bits before they say
+    anything.
 
     Args:
         num_bits: D, channels and bits.
@@ -44,7 +45,7 @@ class BernoulliQuantizer(BinaryQuantizer):
         latents ``(B, *S, D)``, indices ``(B, *S, D / subcode_bits)``.
     """
 
-    default_loss_weights = {"variance": 1.0, "kl": 0.0}
+    default_loss_weights = {"variance": 0.01, "kl": 0.0}
 
     def __init__(
         self,

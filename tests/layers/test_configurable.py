@@ -1,5 +1,6 @@
 """Modules remember how they were built, and only our own classes are ever built from a config."""
 
+import inspect
 import json
 import sys
 
@@ -31,8 +32,14 @@ def test_config_is_json_and_builds_the_same_architecture():
 
 
 def test_config_writes_defaults_out():
-    expected = {"codebook_size": 32, "dim": 4, "l2_normalize": False, "restart_after": None}
-    assert VectorQuantizer(32, 4).config["init_args"] == expected
+    written = VectorQuantizer(32, 4).config["init_args"]
+    assert {key: written[key] for key in ("codebook_size", "dim", "l2_normalize", "restart_after")} == {
+        "codebook_size": 32,
+        "dim": 4,
+        "l2_normalize": False,
+        "restart_after": None,
+    }
+    assert list(written) == list(inspect.signature(VectorQuantizer).parameters)
 
 
 def test_config_names_the_outermost_class():

@@ -9,6 +9,7 @@ from vistok.decoders.cnn import CNNDecoder
 from vistok.encoders.cnn import CNNEncoder
 from vistok.layers.conv import Downsample
 from vistok.layers.transformer import Attention
+from vistok.quantizers.multi_scale import MultiScaleResidual
 from vistok.regularizers.base import Regularizer
 
 
@@ -215,3 +216,39 @@ def test_images_are_mapped_to_the_range_of_the_parts_and_back():
     x = torch.cat([torch.zeros(1, 3, 16, 8), torch.ones(1, 3, 16, 8)], 3)
     decoded = tokenizer(x).decoded
     assert (seen["low"], seen["high"]) == (-1, 1) and torch.equal(decoded, torch.full_like(decoded, 0.25))
+
+
+def pyramid():
+    torch.manual_seed(0)
+    return VQGAN(
+        MultiScaleResidual(VectorQuantizer(16, 4), (1, 2, 4)),
+        16,
+        channels=32,
+        channel_multipliers=(1, 2, 1),
+        num_blocks=1,
+        latent_channels=16,
+    ).eval()
+
+
+def test_every_scale_is_a_stream_and_the_first_ones_decode():
+    tokenizer, x = pyramid(), images(16, 16)
+    output, tokens = tokenizer(x), tokenizer.encode(x)
+    assert [(stream.name, stream.grid) for stream in tokens.layout] == [
+        ("scale_0", (1, 1)),
+        ("scale_1", (2, 2)),
+        ("scale_2", (4, 4)),
+    ]
+    assert tokens.layout == tokenizer.layout() and tokens.bits == 21 * 4
+    assert torch.equal(tokenizer.decode(tokens, clamp=False), output.decoded)
+    assert torch.equal(Tokens.unflatten(tokens.flatten(), tokens.layout).indices["scale_1"], tokens.indices["scale_1"])
+    coarse = Tokens({name: tokens.indices[name] for name in ("scale_0", "scale_1")}, tokens.layout[:2])
+    indices = torch.cat([coarse.indices["scale_0"], coarse.indices["scale_1"]], 1)
+    expected = tokenizer.decode_latents(tokenizer.quantizer.decode(indices).flatten(1, 2), (4, 4))
+    assert torch.equal(tokenizer.decode(coarse, clamp=False), expected)
+    with pytest.raises(ValueError, match="'scale_0', 'scale_1', 'scale_2'; got one stream named 'scale_1'"):
+        tokenizer.decode(Tokens({"scale_1": tokens.indices["scale_1"]}, tokens.layout[1:2]))
+
+
+def test_an_image_that_does_not_fit_the_scales_is_refused():
+    with pytest.raises(ValueError, match=r"\(4, 4\)"):
+        pyramid().encode(images(16, 24))

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 
 import vistok
+from vistok.layers.configurable import build
 from vistok.training.cli import TokenizerCLI, main
 from vistok.training.module import TokenizerTraining
 
@@ -17,7 +18,8 @@ _spec = importlib.util.spec_from_file_location("vistok_test_runs", Path(__file__
 runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 
-CONFIGS = sorted((runs.ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((runs.ROOT / "configs").glob("*.yaml"))
+QUANTIZERS = sorted((runs.ROOT / "configs" / "quantizers").glob("*.yaml"))
 
 
 class Parsed(TokenizerCLI):
@@ -37,6 +39,23 @@ def test_every_config_builds(path, tmp_path):
     assert path.read_text().startswith("#"), "a config opens with what it is and how to run it"
     again = Parsed(["fit", "--config", str(_dump(tmp_path, cli.model.resolved_config))])
     assert again.model.tokenizer.config == tokenizer.config
+
+
+@pytest.mark.parametrize("path", QUANTIZERS, ids=lambda path: path.stem)
+def test_every_quantizer_example_is_a_value_of_the_command_line(path, tmp_path):
+    recipe = "tiny_imagenet_vqgan" if path.stem == "multi_scale" else "quickstart"
+    config = runs.ROOT / "configs" / f"{recipe}.yaml"
+    with torch.device("meta"):
+        cli = Parsed(
+            ["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path)]
+            + ["--model.tokenizer.quantizer", str(path)]
+        )
+        alone = build(yaml.safe_load(path.read_text()))
+    # Arguments of the recipe's own quantizer stay where an example of the same class does not name them.
+    assert cli.model.tokenizer.quantizer.config == alone.config
+    assert path.read_text().startswith("#")
+    again = Parsed(["fit", "--config", str(_dump(tmp_path, cli.model.resolved_config))])
+    assert again.model.tokenizer.config == cli.model.tokenizer.config
 
 
 def _dump(tmp_path, text):
