@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import IndexBlock, Quantized, Quantizer, count_codes, drop
+from .bits import BIT_ORDERS
 from .radix import pack_digits, unpack_digits
 from .search import search_dtype
-
-SUBCODE_ORDERS = {"least_significant_first": "little", "most_significant_first": "big"}
 
 
 class Factorized(Quantizer):
@@ -126,14 +125,14 @@ class Factorized(Quantizer):
 
     def _unpack(self, indices: Tensor) -> Tensor:
         """``(..., 1)`` -> ``(..., G)``."""
-        return unpack_digits(indices.squeeze(-1), self.subcode_sizes, SUBCODE_ORDERS[self.subcode_order])
+        return unpack_digits(indices.squeeze(-1), self.subcode_sizes, self.subcode_order)
 
     def _pack(self, indices: Tensor) -> Tensor:
         """The inner quantizer's indices of ``(..., G)``; a token with a sub-code of ``-1`` is a dropped one."""
         if self.subcode_sizes is None:
             return indices
         dropped = (indices < 0).any(-1, keepdim=True)
-        packed = pack_digits(indices.clamp(min=0), self.subcode_sizes, SUBCODE_ORDERS[self.subcode_order])
+        packed = pack_digits(indices.clamp(min=0), self.subcode_sizes, self.subcode_order)
         return packed.unsqueeze(-1).masked_fill(dropped, -1)
 
 
@@ -159,8 +158,8 @@ def _check_arguments(
             f"project_out=False returns codes of size {quantizer.dim}, but a quantizer returns what is as large as its "
             f"latents, here dim={dim}; project before the quantizer instead"
         )
-    if subcode_order not in SUBCODE_ORDERS:
-        raise ValueError(f"subcode_order must be one of {list(SUBCODE_ORDERS)}; got {subcode_order!r}")
+    if subcode_order not in BIT_ORDERS:
+        raise ValueError(f"subcode_order must be one of {BIT_ORDERS}; got {subcode_order!r}")
     if subcode_sizes is None:
         return
     sizes = tuple(quantizer.codebook_sizes)

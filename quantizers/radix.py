@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-DigitOrder = Literal["little", "big"]
+from .bits import check_bit_order
+
 PACKED_BITS = 62  # the sum of all place values must fit a signed 64-bit integer too
 
 
-def check_packable(sizes: Sequence[int], order: str = "little") -> None:
+def check_packable(sizes: Sequence[int], order: str = "least_significant_first") -> None:
     """Raise ``ValueError`` unless the digits fit one index: positive sizes, product at most 2^62, a known order."""
     if not sizes or any(size < 1 for size in sizes):
         raise ValueError(f"sizes must be one or more positive integers; got {list(sizes)}")
@@ -29,17 +29,16 @@ def check_packable(sizes: Sequence[int], order: str = "little") -> None:
             f"sizes with {math.log2(math.prod(sizes)):.1f} bits do not fit one index, which holds {PACKED_BITS}: "
             f"split the digits into groups"
         )
-    if order not in ("little", "big"):
-        raise ValueError(f"order must be 'little' (first digit least significant) or 'big'; got {order!r}")
+    check_bit_order(order)
 
 
-def pack_digits(digits: Tensor, sizes: Sequence[int], order: DigitOrder = "little") -> Tensor:
+def pack_digits(digits: Tensor, sizes: Sequence[int], order: str = "least_significant_first") -> Tensor:
     """One index per row of digits.
 
     Args:
         digits: integers ``(..., D)``, digit d in ``[0, sizes[d])``; all ``-1`` where a token is dropped.
         sizes: number of values of each of the D digits; their product is at most 2^62.
-        order: ``"little"``: the first digit is the least significant; ``"big"``: the first is the most significant.
+        order: whether the first digit is the least or the most significant one, one of :data:`~.bits.BIT_ORDERS`.
 
     Returns:
         ``(...)`` int64 in ``[0, prod(sizes))``, ``-1`` for dropped tokens.
@@ -53,7 +52,7 @@ def pack_digits(digits: Tensor, sizes: Sequence[int], order: DigitOrder = "littl
     if digits.ndim < 1 or digits.shape[-1] != len(sizes):
         raise ValueError(f"digits must have shape (..., {len(sizes)}), one per size; got {tuple(digits.shape)}")
     columns = list(zip(digits.to(torch.int64).unbind(-1), sizes, strict=True))
-    if order == "little":
+    if order == "least_significant_first":
         columns.reverse()
     # From the most significant digit down, with Python numbers as place values: no table has to reach the device.
     index = columns[0][0]
@@ -62,7 +61,7 @@ def pack_digits(digits: Tensor, sizes: Sequence[int], order: DigitOrder = "littl
     return index.clamp(min=-1)
 
 
-def unpack_digits(indices: Tensor, sizes: Sequence[int], order: DigitOrder = "little") -> Tensor:
+def unpack_digits(indices: Tensor, sizes: Sequence[int], order: str = "least_significant_first") -> Tensor:
     """The digits of indices: the inverse of :func:`pack_digits`.
 
     Args:
@@ -82,10 +81,10 @@ def unpack_digits(indices: Tensor, sizes: Sequence[int], order: DigitOrder = "li
     rest = indices.to(torch.int64)
     dropped = rest < 0
     digits = []
-    for size in sizes if order == "little" else reversed(sizes):
+    for size in sizes if order == "least_significant_first" else reversed(sizes):
         digits.append(rest.remainder(size).masked_fill(dropped, -1))
         rest = rest.div(size, rounding_mode="floor")
-    return torch.stack(digits if order == "little" else digits[::-1], -1)
+    return torch.stack(digits if order == "least_significant_first" else digits[::-1], -1)
 
 
 def _check_integers(values: Tensor, name: str) -> None:

@@ -8,12 +8,12 @@ import torch
 
 from vistok.quantizers.radix import pack_digits, unpack_digits
 
-ORDERS = pytest.mark.parametrize("order", ["little", "big"])
+ORDERS = pytest.mark.parametrize("order", ["least_significant_first", "most_significant_first"])
 
 
 def place_values(sizes, order):
     """The place value of every digit, as Python integers."""
-    if order == "little":
+    if order == "least_significant_first":
         return [math.prod(sizes[:d]) for d in range(len(sizes))]
     return [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
 
@@ -37,7 +37,7 @@ def test_bits_equal_python_integers(bits, order):
     digits = unpack_digits(torch.tensor(numbers), sizes, order)
     for number, row in zip(numbers, digits.tolist(), strict=True):
         written = f"{number:0{bits}b}"
-        assert row == [int(bit) for bit in (written if order == "big" else written[::-1])]
+        assert row == [int(bit) for bit in (written if order == "most_significant_first" else written[::-1])]
     assert pack_digits(digits, sizes, order).tolist() == numbers
 
 
@@ -57,8 +57,8 @@ def test_large_digits_equal_python_integers(sizes, order):
 
 def test_order_of_published_code():
     bits = torch.tensor([[1, 0, 0, 0]])
-    assert pack_digits(bits, (2,) * 4, "little").item() == 1  # Open-MAGVIT2
-    assert pack_digits(bits, (2,) * 4, "big").item() == 8  # lucidrains' LFQ, BSQ
+    assert pack_digits(bits, (2,) * 4, "least_significant_first").item() == 1  # Open-MAGVIT2
+    assert pack_digits(bits, (2,) * 4, "most_significant_first").item() == 8  # lucidrains' LFQ, BSQ
 
 
 @ORDERS
@@ -88,5 +88,5 @@ def test_wrong_input_is_named():
         pack_digits(torch.zeros(1, 63, dtype=torch.int64), (2,) * 63)
     with pytest.raises(ValueError, match=r"positive integers; got \[2, 0\]"):
         unpack_digits(torch.zeros(1, dtype=torch.int64), (2, 0))
-    with pytest.raises(ValueError, match="'little'.*or 'big'; got 'msb'"):
+    with pytest.raises(ValueError, match="must be one of .*; got 'msb'"):
         unpack_digits(torch.zeros(1, dtype=torch.int64), (2, 2), "msb")
