@@ -82,34 +82,39 @@ def train(config: Path, steps: int, training: torch.Tensor, validation: torch.Te
 
 
 def plot(results: dict[str, dict[str, float]], path: Path) -> None:
-    """PSNR against bits per image, one labelled point per quantizer."""
+    """One row per quantizer, by bits and then PSNR: bits per image, PSNR, share of the codes in use."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
-    bits = [result["bits_per_image"] for result in results.values()]
-    quality = [result["psnr"] for result in results.values()]
-    axis.scatter(bits, quality, s=28, color="#1f5fa8", zorder=3)
-    placed: list[tuple[float, float]] = []
-    for name, x, y in sorted(zip(results, bits, quality, strict=True), key=lambda item: (item[1], item[2])):
-        height = y
-        while any(abs(math.log(x / px)) < 0.35 and abs(height - py) < 0.16 for px, py in placed):
-            height += 0.16
-        placed.append((x, height))
-        axis.annotate(name, (x, y), xytext=(x * 1.03, height), fontsize=8, va="center")
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("bits per 32 x 32 image (log scale)")
-    axis.set_ylabel("PSNR of held-out crops (dB)")
-    axis.grid(alpha=0.3)
+    rows = sorted(results.items(), key=lambda item: (item[1]["bits_per_image"], item[1]["psnr"]))
+    places = range(len(rows))
+    panels = (
+        ("bits per 32 x 32 image", [row["bits_per_image"] for _, row in rows], "{:.0f}"),
+        ("PSNR of held-out crops (dB)", [row["psnr"] for _, row in rows], "{:.1f}"),
+        ("codes in use (%)", [100 * row.get("usage", math.nan) for _, row in rows], "{:.0f}"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(10, 0.26 * len(rows) + 1), sharey=True, constrained_layout=True)
+    for axis, (title, values, form) in zip(axes, panels, strict=True):
+        axis.hlines(places, min(0, *values) if title != panels[1][0] else min(values) - 0.5, values, color="#b9cbe0")
+        axis.plot(values, places, "o", color="#1f5fa8", markersize=5)
+        for place, value in zip(places, values, strict=True):
+            axis.annotate(
+                form.format(value), (value, place), xytext=(6, 0), textcoords="offset points", fontsize=7, va="center"
+            )
+        axis.set_title(title, fontsize=9)
+        axis.margins(x=0.14, y=0.02)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(places, [name for name, _ in rows])
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Parse the command line, train, print the table, write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--only", nargs="*", help="names of configs/quantizers to run")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quantizers.json")
     parser.add_argument("--plot", action="store_true", help="draw from the stored figures, train nothing")

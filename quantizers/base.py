@@ -262,12 +262,13 @@ def count_codes(indices: Tensor, codebook_sizes: tuple[int, ...], finite: Tensor
     if total > COUNTS_LIMIT:
         return {}
     flat = indices.reshape(-1, len(codebook_sizes))  # (n, G)
-    weight = flat >= 0
     if finite is not None:
-        weight = weight & finite.reshape(-1, 1)
-    offsets = [sum(codebook_sizes[:i]) for i in range(len(codebook_sizes))]  # added as numbers: no copy to the device
-    slots = torch.stack(
-        [column + offset for column, offset in zip(flat.clamp(min=0).unbind(1), offsets, strict=True)], 1
-    )
-    counts = torch.zeros(total, dtype=torch.int64, device=indices.device)
-    return {"counts": counts.scatter_add_(0, slots.reshape(-1), weight.to(torch.int64).reshape(-1))}
+        flat = flat.masked_fill(~finite.reshape(-1, 1), -1)
+    # One slot in front takes what does not count. The offsets are added as numbers: no table has to reach the device.
+    slots, start = [], 1
+    for column, size in zip(flat.unbind(1), codebook_sizes, strict=True):
+        slots.append(column + start if start == 1 else torch.where(column < 0, 0, column + start))
+        start += size
+    slot = slots[0] if len(slots) == 1 else torch.cat(slots)
+    counts = torch.zeros(total + 1, dtype=torch.int64, device=indices.device)
+    return {"counts": counts.scatter_add_(0, slot, torch.ones_like(slot))[1:]}

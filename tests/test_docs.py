@@ -1,11 +1,13 @@
 """The README and the docs tell the truth about this tree."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import vistok
 from vistok import TiTok, VectorQuantizer
@@ -46,6 +48,16 @@ def test_links_and_named_files_exist(page):
 def test_every_recipe_is_in_the_readme():
     for config in (ROOT / "configs").glob("*.yaml"):
         assert f"configs/{config.name}" in README
+
+
+def test_every_quantizer_is_on_its_page_and_in_its_figure():
+    page = (ROOT / "docs" / "quantizers.md").read_text()
+    examples = sorted((ROOT / "configs" / "quantizers").glob("*.yaml"))
+    assert examples
+    for example in examples:
+        assert f"`{yaml.safe_load(example.read_text())['class_path'].rsplit('.', 1)[1]}`" in page
+    figures = json.loads((ROOT / "docs" / "quantizers.json").read_text())
+    assert set(figures) == {example.stem for example in examples if not example.stem.endswith("_1d")}
 
 
 def test_the_readme_names_only_commands_and_options_that_exist():
