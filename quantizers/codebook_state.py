@@ -101,6 +101,11 @@ def sample_of_all_ranks(sample: tuple[Tensor, Tensor], size: int) -> tuple[Tenso
 # ---- restart of dead codes
 
 
+def restart_candidates(codebook_size: int) -> int:
+    """Latents of a rank and step that dead codes may move to: more for more than 2^14 codes."""
+    return max(256, codebook_size // 64)
+
+
 def assign_replacements(dead: Tensor, keys: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Give every dead code a row of its own, as long as there are any; the others have to wait.
 

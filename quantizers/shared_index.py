@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from .base import Quantized, count_codes, drop, drop_indices, mean_over_kept, token_rows
 from .codebook import CodebookQuantizer
-from .codebook_state import add_to_sample, assign_replacements, sample_of_all_ranks
+from .codebook_state import add_to_sample, assign_replacements, restart_candidates, sample_of_all_ranks
 from .distributed import sum_over_ranks
 from .entropy import codebook_entropy
 from .neighbours import table_neighbours
 from .search import nearest_codes, search_dtype
 from .softmax import finite_rows
-
-RESTART_CANDIDATES = 256  # latents per rank and step that a dead code may move to; more for more than 2^14 codes
 
 
 class SharedIndex(CodebookQuantizer):
@@ -161,7 +159,7 @@ class SharedIndex(CodebookQuantizer):
 
     @property
     def _restart_candidates(self) -> int:
-        return max(RESTART_CANDIDATES, self.codebook_sizes[0] // 64)
+        return restart_candidates(self.codebook_sizes[0])
 
     @torch.no_grad()
     def _gather(self, latents: Tensor, found: Tensor, learn: Tensor, generator: torch.Generator | None) -> None:

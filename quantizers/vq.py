@@ -42,6 +42,7 @@ from .codebook_state import (
     codes_from_averages,
     nearer,
     pull_strength,
+    restart_candidates,
     sample_of_all_ranks,
     update_average_,
 )
@@ -54,7 +55,6 @@ from .softmax import finite_rows, softmax_codes
 
 ESTIMATORS = ("straight_through", "rotation", "softmax", "none")
 CODEBOOK_UPDATES = ("gradient", "ema")
-RESTART_CANDIDATES = 256  # latents per rank and step that a dead code may move to; more for more than 2^14 codes
 KMEANS_TOKENS = 8192  # latents that a rank keeps of each step for k-means
 
 
@@ -255,7 +255,7 @@ class VectorQuantizer(CodebookQuantizer):
 
     @property
     def _restart_candidates(self) -> int:
-        return max(RESTART_CANDIDATES, self.codebook_sizes[0] // 64)
+        return restart_candidates(self.codebook_sizes[0])
 
     @torch.no_grad()
     def _gather(
