@@ -37,8 +37,8 @@ def kmeans(
         points = points.masked_fill(~valid.unsqueeze(1), 0)
     for _ in range(iterations):
         found = nearest_codes(points, centroids)
-        sums, counts = sums_by_code(points, found, len(centroids), weight)
-        sums, counts = sum_over_ranks(sums), sum_over_ranks(counts)
+        sums = sum_over_ranks(sums_by_code(points, found, len(centroids)))
+        counts = sum_over_ranks(weight.new_zeros(len(centroids)).scatter_add_(0, found, weight))
         means = sums / counts.clamp(min=1).unsqueeze(1)
         if normalize:
             means = F.normalize(means, dim=1)
@@ -46,14 +46,12 @@ def kmeans(
     return centroids
 
 
-def sums_by_code(rows: Tensor, found: Tensor, codes: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Per code the weighted sum of its rows ``(K, D)`` and of their weights ``(K,)``; never one-hot.
+def sums_by_code(rows: Tensor, found: Tensor, codes: int) -> Tensor:
+    """Per code the sum of its rows, ``(K, D)``; never one-hot.
 
     Args:
-        rows: ``(n, D)``, finite.
+        rows: ``(n, D)``, finite; zero for a row that does not count.
         found: ``(n,)`` the code of each row.
         codes: K.
-        weight: ``(n,)``; a weight of 0 takes a row out.
     """
-    sums = rows.new_zeros(codes, rows.shape[1]).index_add_(0, found, rows * weight.unsqueeze(1))
-    return sums, rows.new_zeros(codes).scatter_add_(0, found, weight)
+    return rows.new_zeros(codes, rows.shape[1]).index_add_(0, found, rows)

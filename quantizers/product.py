@@ -69,7 +69,7 @@ class Product(Quantizer):
         self.dependency = dependency
         self.dim = branches[0].dim if lengths is not None else sum(branch.dim for branch in branches)
         self.codebook_sizes = tuple(size for branch in branches for size in branch.codebook_sizes)
-        self._loss_names, self.default_loss_weights = _joint_weights(branches)
+        self._loss_names, self.default_loss_weights = joint_weights(branches, "branch")
         if disentanglement:
             self.default_loss_weights["disentanglement"] = 0.1
         if dependency:
@@ -81,12 +81,7 @@ class Product(Quantizer):
             branch.assign(own, kept, generator=generator)
             for branch, own, kept in zip(self.branches, self._split(z), masks, strict=True)
         ]
-        losses = mean_losses(
-            [
-                {names[name]: loss for name, loss in part.losses.items()}
-                for names, part in zip(self._loss_names, parts, strict=True)
-            ]
-        )
+        losses = joint_losses(parts, self._loss_names)
         if self.disentanglement or self.dependency:
             losses.update(self._penalties(parts, masks))
         return Quantized(
@@ -230,6 +225,37 @@ def mean_losses(losses: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: _mean([part[name] for part in losses if name in part]) for name in names}
 
 
+def joint_weights(quantizers: Sequence[Quantizer], part: str) -> tuple[list[dict[str, str]], dict[str, float]]:
+    """How the losses of several quantizers are called together, and their weights.
+
+    A loss keeps its name if all that have it weight it alike, else it becomes ``<part>_0_<name>`` and so on. Either way
+    the weighted sum is the mean of the quantizers' own terms.
+
+    Args:
+        quantizers: in their order.
+        part: what one of them is to the container (``branch``, ``level``).
+
+    Returns:
+        Per quantizer its losses' names, old to new; and the weight of every new name.
+    """
+    names: list[dict[str, str]] = [{} for _ in quantizers]
+    weights = {}
+    for name in dict.fromkeys(name for quantizer in quantizers for name in quantizer.default_loss_weights):
+        having = {i: q.default_loss_weights[name] for i, q in enumerate(quantizers) if name in q.default_loss_weights}
+        alike = len(set(having.values())) == 1
+        for number, weight in having.items():
+            joint = name if alike else f"{part}_{number}_{name}"
+            names[number][name] = joint
+            weights[joint] = weight if alike else weight / len(having)
+    return names, weights
+
+
+def joint_losses(parts: Sequence[Quantized], names: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
+    """Mean of the losses of each new name (see :func:`joint_weights`) over the parts that have it."""
+    renamed = zip(names, parts, strict=True)
+    return mean_losses([{own[name]: loss for name, loss in part.losses.items()} for own, part in renamed])
+
+
 def joint_statistics(parts: Sequence[Quantized], codebook_sizes: tuple[int, ...]) -> dict[str, Tensor]:
     """Statistics of quantizers side by side: counts one after another, if all have them; means of scalars."""
     names = dict.fromkeys(name for part in parts for name in part.statistics)
@@ -298,20 +324,6 @@ def _mean_over_pairs(codes: list[Tensor], keep: Tensor | None, square: bool) -> 
 
 def _token_shape(length: int | Sequence[int]) -> tuple[int, ...]:
     return (length,) if isinstance(length, int) else tuple(length)
-
-
-def _joint_weights(branches: Sequence[Quantizer]) -> tuple[list[dict[str, str]], dict[str, float]]:
-    """Per branch, what its losses are called in the product; and the weight of every loss of the product."""
-    names: list[dict[str, str]] = [{} for _ in branches]
-    weights = {}
-    for name in dict.fromkeys(name for branch in branches for name in branch.default_loss_weights):
-        having = {i: b.default_loss_weights[name] for i, b in enumerate(branches) if name in b.default_loss_weights}
-        alike = len(set(having.values())) == 1
-        for number, weight in having.items():
-            joint = name if alike else f"branch_{number}_{name}"
-            names[number][name] = joint
-            weights[joint] = weight if alike else weight / len(having)  # either way the mean of the branches' terms
-    return names, weights
 
 
 def _check_branches(

@@ -28,7 +28,7 @@ from .distributed import from_first_rank
 from .draws import draw_integers, draw_uniform
 from .estimators import rotation, straight_through
 from .neighbours import product_neighbours
-from .product import joint_blocks, joint_statistics, mean_losses
+from .product import joint_blocks, joint_losses, joint_statistics, joint_weights
 from .search import search_dtype
 
 ESTIMATORS = ("straight_through", "rotation", "none")
@@ -88,7 +88,7 @@ class Residual(Quantizer):
         self.estimator = estimator
         self.dim = levels[0].dim
         self.codebook_sizes = tuple(size for level in levels for size in level.codebook_sizes)
-        self.default_loss_weights, self._loss_names = _loss_names(levels)
+        self._loss_names, self.default_loss_weights = joint_weights(levels, "level")
         self.quantizers = nn.ModuleList(levels[:1] if shared else levels)
 
     def assign(self, z: Tensor, mask: Tensor | None = None, *, generator: torch.Generator | None = None) -> Quantized:
@@ -102,12 +102,7 @@ class Residual(Quantizer):
             total = part.quantized if total is None else total + part.quantized
             rest = rest - part.quantized.detach()
             parts.append(part)
-        losses = mean_losses(
-            [
-                {names[name]: loss for name, loss in part.losses.items()}
-                for names, part in zip(self._loss_names, parts, strict=True)
-            ]
-        )
+        losses = joint_losses(parts, self._loss_names)
         indices = torch.cat([part.indices for part in parts], -1)
         return Quantized(total, indices, losses, joint_statistics(parts, self.codebook_sizes), latents)
 
@@ -233,17 +228,3 @@ def _levels(quantizer: Quantizer | Sequence[Quantizer], depth: int | None, share
     if len(set(dims)) > 1:
         raise ValueError(f"all levels quantize residuals of one size; got dim {dims}")
     return levels
-
-
-def _loss_names(levels: Sequence[Quantizer]) -> tuple[dict[str, float], list[dict[str, str]]]:
-    """The weight of every loss of the stack, and per level what its losses are called there."""
-    names: list[dict[str, str]] = [{} for _ in levels]
-    weights = {}
-    for name in dict.fromkeys(name for level in levels for name in level.default_loss_weights):
-        having = {i: q.default_loss_weights[name] for i, q in enumerate(levels) if name in q.default_loss_weights}
-        alike = len(set(having.values())) == 1
-        for number, weight in having.items():
-            joint = name if alike else f"level_{number}_{name}"
-            names[number][name] = joint
-            weights[joint] = weight if alike else weight / len(having)  # either way the mean of the levels' terms
-    return weights, names

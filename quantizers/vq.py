@@ -272,7 +272,7 @@ class VectorQuantizer(CodebookQuantizer):
         counts.scatter_add_(0, found, learn.to(torch.int64))
         self._counts = counts if self._counts is None else self._counts + counts
         if self.ema:
-            sums, _ = sums_by_code(latents.masked_fill(~learn.unsqueeze(1), 0), found, size, learn.to(latents.dtype))
+            sums = sums_by_code(latents.masked_fill(~learn.unsqueeze(1), 0), found, size)
             self._sums = sums if self._sums is None else self._sums + sums
         if self._restarts:
             self._sample = add_to_sample(self._sample, latents, learn, self._restart_candidates, generator)
