@@ -243,6 +243,15 @@ def test_an_empty_mask_gives_zero_losses():
     assert (z.grad == 0).all() and int(result.statistics["counts"].sum()) == 0
 
 
+def test_latents_that_are_not_finite_are_not_counted():
+    quantizer, z = make(), latents(2, 5, 5)
+    z[0, 1, 2], z[1, 3, 0] = float("nan"), float("inf")
+    result = quantizer(z)
+    finite = z.isfinite().all(-1)
+    assert torch.equal(result.statistics["counts"], result.indices[..., 0][finite].bincount(minlength=37))
+    assert int(result.statistics["counts"].sum()) == 8
+
+
 # ---- neighbours and bad input
 
 
