@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.images import ImageError, read_image
 from ..data.transforms import EvalTransform
 from ..hub.load import Loaded, load_with_source
-from ..tokenizers.base import Tokenizer
 from .errors import CommandError, user_errors
 from .inputs import ImageFile
 
@@ -138,16 +137,48 @@ def image_transform(loaded: Loaded, size: tuple[int, int] | None, crop: str) -> 
         return EvalTransform(size, loaded.crop if crop == "auto" else crop)
 
 
-def bits_per_pixel(tokenizer: Tokenizer, size: tuple[int, int]) -> float:
-    """Rate at ``(H, W)`` if every code is written with the same number of bits."""
-    bits = sum(stream.length * stream.bits for stream in tokenizer.layout(size))
-    return bits / (size[0] * size[1])
+def check_lengths(name: str, loaded: Loaded, lengths: Sequence[int], available: int) -> None:
+    """Raise unless a tokenizer decodes prefixes of these lengths.
+
+    Args:
+        name: what the user calls the tokenizer.
+        loaded: the tokenizer.
+        lengths: numbers of tokens asked for.
+        available: number of tokens that there are.
+    """
+    kind = type(loaded.tokenizer).__name__
+    if not loaded.tokenizer.variable_length:
+        raise CommandError(
+            f"--num-tokens is for tokenizers that are trained on prefixes, such as One-D-Piece; {name} is a {kind} of "
+            f"{available} tokens, and decodes no fewer"
+        )
+    wrong = [length for length in lengths if not 1 <= length <= available]
+    if wrong:
+        raise CommandError(f"--num-tokens must lie between 1 and {available} here; got {wrong[0]}")
+
+
+def check_discrete(name: str, loaded: Loaded) -> None:
+    """Raise for a tokenizer without tokens."""
+    if not loaded.tokenizer.layout():
+        raise CommandError(
+            f"{name} is a {type(loaded.tokenizer).__name__}, whose latents are continuous: it has no tokens. "
+            f"From Python, tokenizer.encode_latents(images) gives the latents"
+        )
+
+
+def check_context(name: str, loaded: Loaded) -> None:
+    """Raise for a tokenizer whose decoder needs more than tokens."""
+    if loaded.tokenizer.takes_context:
+        raise CommandError(
+            f"the decoder of {name} reads text features besides tokens, which commands do not make. From Python: "
+            f"tokenizer.decode(tokens, context=features)"
+        )
 
 
 def check_counts(**counts: int) -> None:
-    """Raise for a ``batch_size`` below 1 or ``num_workers`` below 0."""
+    """Raise for a ``batch_size`` below 1, or ``num_workers`` or ``num_tokens`` below 0."""
     for name, value in counts.items():
-        lowest = 0 if name == "num_workers" else 1
+        lowest = 1 if name == "batch_size" else 0
         if value < lowest:
             raise CommandError(f"--{name.replace('_', '-')} must be at least {lowest}; got {value}")
 

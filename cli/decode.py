@@ -19,6 +19,7 @@ def decode(
     out: Path,
     batch_size: int = 32,
     device: str = "auto",
+    num_tokens: int = 0,
     original_size: bool = False,
     force: bool = False,
     overwrite: bool = False,
@@ -27,10 +28,11 @@ def decode(
 
     Args:
         tokens: The token file.
-        tokenizer: Folder, training checkpoint, run folder or repository of the tokenizer that wrote it.
+        tokenizer: Folder, training checkpoint, run folder, repository or published name of the tokenizer that wrote it.
         out: The folder to write to.
         batch_size: Images at a time.
         device: auto (the accelerator if there is one), cpu, cuda, cuda:1 ...
+        num_tokens: Decode only this many tokens of every image; for tokenizers of variable length. 0 decodes all.
         original_size: Give every image the resolution of its original. What the crop cut off stays off.
         force: Go on with tokens of another tokenizer, if their layout fits.
         overwrite: Replace images that exist.
@@ -50,7 +52,7 @@ def decode(
     from . import batches
     from .inputs import png_paths
 
-    batches.check_counts(batch_size=batch_size)
+    batches.check_counts(batch_size=batch_size, num_tokens=num_tokens)
     with user_errors():
         file = load_tokens(tokens)
     paths = png_paths(file.names, out, IMAGE_SUFFIXES)
@@ -59,13 +61,18 @@ def decode(
     loaded = batches.open_tokenizer(tokenizer, target)
     if not force:
         _check_fingerprint(tokens, file, tokenizer, loaded)
+    batches.check_discrete(tokenizer, loaded)
+    batches.check_context(tokenizer, loaded)
+    if num_tokens:
+        batches.check_lengths(tokenizer, loaded, [num_tokens], sum(stream.length for stream in file.tokens.layout))
     batches.prepare_folder(out)
 
     with batches.progress("decode", len(paths)) as advance, torch.inference_mode():
         for start in range(0, len(paths), batch_size):
             rows = slice(start, start + batch_size)
             with user_errors():
-                images = loaded.tokenizer.decode(file.tokens[rows].to(target)).cpu()
+                kept = file.tokens[rows].truncate(num_tokens) if num_tokens else file.tokens[rows]
+                images = loaded.tokenizer.decode(kept.to(target)).cpu()
             for image, path, original in zip(images, paths[rows], file.original_sizes[rows], strict=True):
                 if original_size:
                     image = resize(image, cropped_size(original, (image.shape[1], image.shape[2])))

@@ -18,6 +18,7 @@ def encode(
     device: str = "auto",
     size: Size = None,
     crop: Literal["auto", "center", "adm"] = "auto",
+    num_tokens: int = 0,
     num_workers: int = 2,
     overwrite: bool = False,
 ) -> int:
@@ -27,12 +28,13 @@ def encode(
 
     Args:
         inputs: Image files, folders (searched to the bottom) or glob patterns.
-        tokenizer: Folder, training checkpoint, run folder or repository of the tokenizer.
+        tokenizer: Folder, training checkpoint, run folder, repository or published name of the tokenizer.
         out: The token file to write.
         batch_size: Images at a time.
         device: auto (the accelerator if there is one), cpu, cuda, cuda:1 ...
         size: Size to bring the images to, one number or height,width; the tokenizer's own by default.
         crop: How images of another shape are cut: center, adm, or auto for what the tokenizer was trained with.
+        num_tokens: Keep only this many tokens of every image; for tokenizers of variable length. 0 keeps all.
         num_workers: Processes that read images; 0 reads in this one.
         overwrite: Replace the file if it exists.
 
@@ -51,7 +53,7 @@ def encode(
     from . import batches
     from .inputs import find_images
 
-    batches.check_counts(batch_size=batch_size, num_workers=num_workers)
+    batches.check_counts(batch_size=batch_size, num_workers=num_workers, num_tokens=num_tokens)
     if out.is_dir():
         raise CommandError(f"--out {out} is a folder; give the name of a file, such as {out / 'tokens.safetensors'}")
     batches.refuse_existing([out], overwrite)
@@ -59,7 +61,11 @@ def encode(
     batches.prepare_folder(out.parent)
     target = batches.pick_device(device)
     loaded = batches.open_tokenizer(tokenizer, target)
+    batches.check_discrete(tokenizer, loaded)
     transform = batches.image_transform(loaded, size, crop)
+    if num_tokens:
+        available = sum(stream.length for stream in loaded.tokenizer.layout(transform.size))
+        batches.check_lengths(tokenizer, loaded, [num_tokens], available)
 
     parts, names, sizes, skipped = [], [], [], 0
     with batches.progress("encode", len(files)) as advance, torch.inference_mode():
@@ -67,7 +73,8 @@ def encode(
             batches.report_failures(batch.failures)
             skipped += len(batch.failures)
             if batch.images is not None:
-                parts.append(loaded.tokenizer.encode(batches.as_floats(batch.images, target)).to("cpu"))
+                tokens = loaded.tokenizer.encode(batches.as_floats(batch.images, target))
+                parts.append((tokens.truncate(num_tokens) if num_tokens else tokens).to("cpu"))
                 names += [file.name for file in batch.files]
                 sizes += batch.sizes
             advance(len(batch))

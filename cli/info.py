@@ -14,7 +14,7 @@ def info(tokenizer: str, *, json: bool = False) -> int:
     """Print class, parameters, image size, tokens, codebooks and bits of a tokenizer.
 
     Args:
-        tokenizer: Folder, training checkpoint, run folder or repository.
+        tokenizer: Folder, training checkpoint, run folder, repository or published name.
         json: Print JSON.
 
     Returns:
@@ -34,7 +34,7 @@ def info(tokenizer: str, *, json: bool = False) -> int:
 
 def tokenizer_facts(loaded: Loaded) -> dict[str, Any]:
     """What there is to say about a tokenizer, as JSON-able data."""
-    from ..hub.format import describe_streams
+    from ..hub.format import describe_streams, latent_shape
 
     tokenizer = loaded.tokenizer
     layout, (height, width) = tokenizer.layout(), tokenizer.image_size
@@ -53,7 +53,10 @@ def tokenizer_facts(loaded: Loaded) -> dict[str, Any]:
             "crop": loaded.crop,
         },
         "streams": describe_streams(layout),
+        "latents": latent_shape(tokenizer),
         "tokens": sum(stream.length for stream in layout),
+        "variable_length": tokenizer.variable_length,
+        "takes_text": tokenizer.takes_context,
         "bits_per_image": bits,
         "bits_per_pixel": bits / (height * width),
         "metadata": loaded.metadata,
@@ -81,7 +84,13 @@ def _to_text(facts: dict[str, Any]) -> str:
     for stream in facts["streams"]:
         grid = f" ({stream['grid'][0]}x{stream['grid'][1]} grid)" if stream["grid"] else ""
         codebooks = codebook_text(stream["codebook_sizes"])
-        lines.append((f"stream {stream['name']}", f"{stream['length']} tokens{grid}, codebook {codebooks}"))
-    lines.append(("bits", f"{facts['bits_per_image']:g} per image, {facts['bits_per_pixel']:.4g} per pixel"))
+        length = f"1 to {stream['length']}" if facts["variable_length"] else stream["length"]
+        lines.append((f"stream {stream['name']}", f"{length} tokens{grid}, codebook {codebooks}"))
+    if facts["latents"]:
+        lines.append(("latents", f"{facts['latents'][0]} of {facts['latents'][1]} channels, continuous: no tokens"))
+    else:
+        lines.append(("bits", f"{facts['bits_per_image']:g} per image, {facts['bits_per_pixel']:.4g} per pixel"))
+    if facts["takes_text"]:
+        lines.append(("text", "the decoder needs text features"))
     lines += [(key, json.dumps(value)) for key, value in facts["metadata"].items()]
     return "\n".join(f"{name:<16}{text}" for name, text in lines)

@@ -21,6 +21,8 @@ COMMANDS = {
     "reconstruct": "images beside their reconstructions, with PSNR and bits per pixel",
     "info": "what a tokenizer is: parameters, tokens, codebooks, bits",
     "export": "a training run to a folder that everything else loads",
+    "convert": "a released checkpoint of another project to such a folder",
+    "models": "the published tokenizers that are known by name",
 }
 TRAINING = {
     "fit": "train a tokenizer from YAML",

@@ -16,6 +16,7 @@ from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
 
 Size = tuple[int, int] | None  # an option of this type is typed as "256" or "256,128"
+Lengths = tuple[int, ...] | None  # "32" or "1,8,32,256"
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -28,6 +29,21 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
         raise ValueError(f"expected one number or height,width. Got value: {text}")
     return int(sides[0]), int(sides[-1])
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """``"32"`` or ``"1,8,32,256"`` as numbers, in their order.
+
+    Raises:
+        ValueError: for anything else, zero or a number that stands there twice.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ValueError(f"expected one number or different numbers with commas between. Got value: {text}")
+    return tuple(map(int, parts))
+
+
+_TYPED = ((Size, parse_size), (Lengths, parse_lengths))  # options that come as text
 
 
 def parse_command(function: Callable[..., int], prog: str, argv: Sequence[str]) -> dict[str, Any]:
@@ -47,11 +63,12 @@ def parse_command(function: Callable[..., int], prog: str, argv: Sequence[str]) 
     except argparse.ArgumentError as error:
         raise ValueError(_one_line(str(error))) from error
     for name, hint in get_type_hints(function).items():
-        if hint == Size and arguments[name] is not None:
+        parse = next((parse for kind, parse in _TYPED if kind == hint), None)
+        if parse is not None and arguments[name] is not None:
             try:
-                arguments[name] = parse_size(arguments[name])
+                arguments[name] = parse(arguments[name])
             except ValueError as error:
-                raise ValueError(f"--{name}: {error}") from error
+                raise ValueError(f"--{name.replace('_', '-')}: {error}") from error
     return arguments
 
 
@@ -77,7 +94,7 @@ def _parser(function: Callable[..., int], prog: str) -> ArgumentParser:
         elif parameter.default is inspect.Parameter.empty:
             parser.add_argument(option, type=hint, required=True, help=text)
         else:
-            kind = str if hint == Size else hint
+            kind = str if any(hint == typed for typed, _ in _TYPED) else hint
             parser.add_argument(option, type=kind, default=parameter.default, help=text)
     return parser
 

@@ -1,4 +1,4 @@
-"""Pictures for people: an image beside its reconstruction with a caption, and many such pairs on one sheet."""
+"""Pictures for people: an image beside its reconstructions with captions, and many such rows on one sheet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..data.images import to_uint8
 
 SHEET_PAIRS = 32
 _GAP = 4
-_SHEET_SIDE = 2 * 256 + _GAP  # longer side of a pair on the sheet, at most
+_SHEET_SIDE = 256  # longer side of an image on the sheet, at most
 
 
 def pair(image: Tensor, reconstruction: Tensor, caption: str) -> Tensor:
@@ -34,17 +34,40 @@ def pair(image: Tensor, reconstruction: Tensor, caption: str) -> Tensor:
     return torch.from_numpy(np.array(pictures)).permute(2, 0, 1)
 
 
-def contact_sheet(pictures: Sequence[Tensor]) -> Tensor:
-    """Pictures uint8 ``(3, H, W)`` on one roughly square sheet, large ones reduced."""
-    cells = []
+def row(columns: Sequence[tuple[Tensor, str]]) -> Tensor:
+    """Images ``(3, H, W)`` in [0, 1] of one size side by side, each with a caption of its own below.
+
+    Columns are as wide as the widest image or caption; a caption may have several lines.
+
+    Returns:
+        uint8 ``(3, H', W')``.
+    """
+    parts = [(to_uint8(image).permute(1, 2, 0).numpy(), caption) for image, caption in columns]
+    height, width = parts[0][0].shape[:2]
+    font = ImageFont.load_default(size=max(10, min(20, height // 16)))
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [draw.multiline_textbbox((0, 0), caption, font=font) for _, caption in parts]
+    width = max(width, *(math.ceil(box[2]) for box in boxes))
+    bottom = height + max(math.ceil(box[3]) for box in boxes) + 2 * _GAP
+    picture = Image.new("RGB", (len(parts) * (width + _GAP) - _GAP, bottom), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (image, caption) in enumerate(parts):
+        picture.paste(Image.fromarray(image), (i * (width + _GAP), 0))
+        draw.multiline_text((i * (width + _GAP), height + _GAP), caption, fill="black", font=font)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def contact_sheet(pictures: Sequence[Tensor], columns: int = 2) -> Tensor:
+    """Pictures uint8 ``(3, H, W)`` of ``columns`` images each on one roughly square sheet, large ones reduced."""
+    cells, side = [], columns * (_SHEET_SIDE + _GAP) - _GAP
     for picture in pictures:
         cell = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-        cell.thumbnail((_SHEET_SIDE, _SHEET_SIDE), Image.Resampling.LANCZOS)
+        cell.thumbnail((side, side), Image.Resampling.LANCZOS)
         cells.append(cell)
     width, height = max(cell.width for cell in cells) + _GAP, max(cell.height for cell in cells) + _GAP
-    columns = max(1, min(len(cells), round(math.sqrt(len(cells) * height / width))))
-    rows = math.ceil(len(cells) / columns)
-    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    across = max(1, min(len(cells), round(math.sqrt(len(cells) * height / width))))
+    rows = math.ceil(len(cells) / across)
+    sheet = Image.new("RGB", (across * width + _GAP, rows * height + _GAP), "white")
     for i, cell in enumerate(cells):
-        sheet.paste(cell, (_GAP + i % columns * width, _GAP + i // columns * height))
+        sheet.paste(cell, (_GAP + i % across * width, _GAP + i // across * height))
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)

@@ -37,7 +37,7 @@ class ImageFolder(ImageSource):
             ValueError: if it is not a folder, or holds no image.
         """
         if self._paths is None:
-            self._paths, self._labels = _list_images(self.root)
+            self._paths, self._labels = list_images(self.root)
 
     def __len__(self) -> int:
         self.prepare()
@@ -49,19 +49,27 @@ class ImageFolder(ImageSource):
         return Sample(read_image(self.root / key, self.exif), int(self._labels[index]), key)
 
 
-def _list_images(root: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Paths relative to ``root`` as bytes, and labels, both ``(N,)``.
+def list_images(root: Path, argument: str = "root") -> tuple[np.ndarray, np.ndarray]:
+    """Sorted paths relative to ``root`` as bytes, and labels, both ``(N,)``.
 
     One array of bytes instead of a list of strings: worker processes share its memory for good, whereas every look at
     a Python string changes its reference count and so copies the page it lies on.
+
+    Args:
+        root: the folder.
+        argument: what error messages call it.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if it is not a folder, or holds no image.
     """
     if not root.exists():
-        raise FileNotFoundError(f"root: the image folder {str(root)!r} does not exist")
+        raise FileNotFoundError(f"{argument}: the image folder {str(root)!r} does not exist")
     if not root.is_dir():
-        raise ValueError(f"root: {str(root)!r} is not a folder")
+        raise ValueError(f"{argument}: {str(root)!r} is not a folder")
     found = [os.path.relpath(path, root) for path in walk_files(root) if path.name.lower().endswith(IMAGE_SUFFIXES)]
     if not found:
-        raise ValueError(f"root: no image below {str(root)!r}; looked for {', '.join(IMAGE_SUFFIXES)}")
+        raise ValueError(f"{argument}: no image below {str(root)!r}; looked for {', '.join(IMAGE_SUFFIXES)}")
     found.sort()
     tops = [path.split(os.sep, 1)[0] if os.sep in path else None for path in found]
     if None in tops:

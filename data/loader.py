@@ -29,8 +29,10 @@ Item = tuple[int, int]  # epoch, sample: all that a worker has to know
 class ImageLoader:
     """Iterate over batches of one rank.
 
-    A batch is a dict: ``image`` uint8 ``(B, 3, h, w)``, ``label`` int64 ``(B,)``, ``key`` list of B strings, and
-    ``skipped``, one line for every sample that could not be read ("name: reason").
+    A batch is a dict: ``image`` uint8 ``(B, 3, h, w)``, ``label`` int64 ``(B,)``, ``key`` list of B strings, ``index``
+    int64 ``(B,)``, the samples' places in the source, and ``skipped``, one line for every sample that could not be read
+    ("name: reason"). From sources that have them come ``text``, list of B strings, and ``target`` uint8
+    ``(B, 3, h, w)``, which goes through the same crop and mirror image as ``image``.
 
     In training all batches are full, every rank has the same number of them, and an unreadable sample is replaced by
     another one. In evaluation every sample comes exactly once over all ranks, the last batch may be short, and an
@@ -279,20 +281,34 @@ class _Reader(Dataset):
                 f"sample {index} and the {MAX_REPLACEMENTS} taken in its place are all unreadable: "
                 + "; ".join(skipped[:3] + ["..."] + skipped[-1:])
             )
-        if self.training:
-            seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
-            image = self.transform(sample.image, torch.Generator().manual_seed(int(seed)))
-        else:
-            image = self.transform(sample.image)
-        return {"image": image, "label": sample.label, "key": sample.key, "skipped": skipped}
+        item = {"image": self._transformed(sample.image, epoch, index)}
+        item |= {"label": sample.label, "key": sample.key, "index": candidate, "skipped": skipped}
+        if self.source.has_text:
+            item["text"] = sample.text
+        if self.source.has_target:
+            item["target"] = self._transformed(sample.target, epoch, index)
+        return item
+
+    def _transformed(self, image: Tensor, epoch: int, index: int) -> Tensor:
+        """The image as the batch has it: random draws depend on (seed, epoch, index) alone."""
+        if not self.training:
+            return self.transform(image)
+        seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1, np.uint64)[0]
+        return self.transform(image, torch.Generator().manual_seed(int(seed)))
 
 
 def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of samples; its ``image`` is ``None`` if not one of them could be read."""
     good = [sample for sample in samples if sample["image"] is not None]
-    return {
+    batch = {
         "image": default_collate([sample["image"] for sample in good]) if good else None,
         "label": torch.tensor([sample["label"] for sample in good], dtype=torch.int64),
         "key": [sample["key"] for sample in good],
+        "index": torch.tensor([sample["index"] for sample in good], dtype=torch.int64),
         "skipped": [line for sample in samples for line in sample["skipped"]],
     }
+    if good and "text" in good[0]:
+        batch["text"] = [sample["text"] for sample in good]
+    if good and "target" in good[0]:
+        batch["target"] = default_collate([sample["target"] for sample in good])
+    return batch

@@ -7,7 +7,7 @@ use those and never import Lightning, which takes seconds.
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -85,6 +85,14 @@ class ImageData(LightningDataModule):
             raise ValueError("image_size is None and no tokenizer has filled it in; give (h, w) or one number")
         self.image_size = as_size(self.image_size)
         EvalTransform(self.image_size, self.val_crop)
+
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Move a batch, but for ``index``: it is looked up on the host, which would have to wait for it."""
+        index = {"index": batch["index"]} if "index" in batch else {}
+        rest = {name: value for name, value in batch.items() if name != "index"}
+        return super().transfer_batch_to_device(rest, device, dataloader_idx) | index
 
     def teardown(self, stage: str | None = None) -> None:
         """Stop all workers."""

@@ -14,21 +14,33 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """One image.
+    """One image, and what else its source knows about it.
 
     Attributes:
         image: uint8 ``(3, H, W)`` RGB.
         label: class index; -1 if unknown.
         key: what the image is called.
+        text: caption; empty if there is none.
+        target: uint8 ``(3, H, W)`` RGB, the image that a reconstruction should look like where that is another one.
     """
 
     image: Tensor
     label: int
     key: str
+    text: str = ""
+    target: Tensor | None = None
 
 
 class ImageSource(ABC):
-    """Base class of all sources of images."""
+    """Base class of all sources of images.
+
+    Attributes:
+        has_text: whether samples have a caption; batches have ``text`` then.
+        has_target: whether samples have a target; batches have ``target`` then.
+    """
+
+    has_text: bool = False
+    has_target: bool = False
 
     @abstractmethod
     def __len__(self) -> int:

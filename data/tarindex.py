@@ -21,9 +21,10 @@ from .files import atomic_write
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 LABEL_MEMBER = "cls"
+TEXT_MEMBER = "txt"
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own bookkeeping members
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-_FORMAT = 1
+_FORMAT = 2
 
 
 class ShardError(ValueError):
@@ -37,6 +38,7 @@ class TarIndex:
     Attributes:
         images: ``(N, 2)`` int64, offset and size of each image in bytes.
         labels: ``(N, 2)`` int64, offset and size of each label member; (-1, 0) where there is none.
+        texts: ``(N, 2)`` int64, the same of each caption.
         keys: the names of the samples, UTF-8, one after another.
         key_ends: ``(N,)`` int64, where each name ends.
         size: bytes of the tar file.
@@ -47,6 +49,7 @@ class TarIndex:
 
     images: np.ndarray
     labels: np.ndarray
+    texts: np.ndarray
     keys: bytes
     key_ends: np.ndarray
     size: int
@@ -80,7 +83,7 @@ def scan_tar(path: str | Path) -> TarIndex:
     except (OSError, tarfile.TarError) as error:
         raise ShardError(f"{path}: {_reason(error)}") from error
 
-    images, labels, keys, without = [], [], [], []
+    images, labels, texts, keys, without = [], [], [], [], []
     for key, members in groups:
         image = next((members[suffix] for suffix in IMAGE_MEMBERS if suffix in members), None)
         if image is None:
@@ -88,10 +91,12 @@ def scan_tar(path: str | Path) -> TarIndex:
             continue
         images.append(image)
         labels.append(members.get(LABEL_MEMBER, (-1, 0)))
+        texts.append(members.get(TEXT_MEMBER, (-1, 0)))
         keys.append(key.encode("utf-8", "surrogateescape"))
     return TarIndex(
         images=np.array(images, dtype=np.int64).reshape(-1, 2),
         labels=np.array(labels, dtype=np.int64).reshape(-1, 2),
+        texts=np.array(texts, dtype=np.int64).reshape(-1, 2),
         keys=b"".join(keys),
         key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
         size=size,
@@ -145,7 +150,7 @@ def save_index(index: TarIndex, path: Path, stamp: str) -> None:
         "without_image": index.without_image,
         "examples": index.examples,
     }
-    arrays = (index.images, index.labels, index.key_ends)
+    arrays = (index.images, index.labels, index.texts, index.key_ends)
     payload = json.dumps(header).encode() + b"\n" + b"".join(a.astype("<i8").tobytes() for a in arrays) + index.keys
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -168,11 +173,12 @@ def load_index(path: Path, stamp: str) -> TarIndex | None:
     if header["format"] != _FORMAT or header["stamp"] != stamp:
         return None
     count = header["samples"]
-    numbers = np.frombuffer(body, "<i8", 5 * count)
+    numbers = np.frombuffer(body, "<i8", 7 * count)
     return TarIndex(
         images=numbers[: 2 * count].reshape(count, 2),
         labels=numbers[2 * count : 4 * count].reshape(count, 2),
-        key_ends=numbers[4 * count :],
+        texts=numbers[4 * count : 6 * count].reshape(count, 2),
+        key_ends=numbers[6 * count :],
         keys=body[numbers.nbytes :],
         size=header["size"],
         problem=header["problem"],

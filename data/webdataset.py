@@ -38,7 +38,7 @@ SHOW_PROGRESS = 32  # so many shards to index deserve a progress bar
 
 
 class WebDataset(ImageSource):
-    """Images (and integer labels) from tar shards.
+    """Images (and integer labels, and captions) from tar shards.
 
     Args:
         shards: a pattern such as ``data/train-{000000..000127}.tar``, several joined by ``::``, or a list of them.
@@ -52,6 +52,7 @@ class WebDataset(ImageSource):
         on_missing: ``error`` refuses to start when a local shard is missing, ``skip`` reports it and goes on.
         cache_gb: limit of the cache of remote shards, in gigabytes; the least recently used go first.
         exif: turn images upright as their EXIF orientation says.
+        text: read captions from ``.txt`` members (UTF-8); a sample without one has an empty caption.
 
     Raises:
         ValueError: for an empty list, a shard listed twice, a URL that nothing opens, or numbers out of range.
@@ -66,6 +67,7 @@ class WebDataset(ImageSource):
         on_missing: Literal["error", "skip"] = "error",
         cache_gb: float | None = None,
         exif: bool = True,
+        text: bool = False,
     ) -> None:
         if shuffle_shards < 1:
             raise ValueError(f"shuffle_shards must be at least 1; got {shuffle_shards}")
@@ -78,6 +80,7 @@ class WebDataset(ImageSource):
         self.samples_per_shard = samples_per_shard
         self.on_missing = on_missing
         self.exif = exif
+        self.has_text = text
         self.problems: list[str] = []
         self._cache = ShardCache(Path(cache_dir).expanduser() if cache_dir else cache_folder() / "shards", cache_gb)
         self._files = _OpenFiles()
@@ -127,7 +130,8 @@ class WebDataset(ImageSource):
 
     def read(self, index: int) -> Sample:
         data, label, key, name = self.read_encoded(index)
-        return Sample(decode_image(data, name, self.exif), label, key)
+        caption = self._read_text(index) if self.has_text else ""
+        return Sample(decode_image(data, name, self.exif), label, key, caption)
 
     def read_encoded(self, index: int) -> tuple[bytes, int, str, str]:
         """The image file of a sample as it lies in its shard, its label, its key, and "shard/key".
@@ -152,6 +156,15 @@ class WebDataset(ImageSource):
             return data, int(text), key, f"{name}/{key}"
         except ValueError:
             raise ImageError(f"{name}/{key}: label {text[:40]!r} is not an integer") from None
+
+    def _read_text(self, index: int) -> str:
+        shard, row = self._locate(index)
+        try:
+            offset, size = self._open(shard).texts[row]
+            data = self._read_bytes(shard, offset, size) if offset >= 0 else b""
+        except ShardError as error:
+            raise ImageError(str(error)) from error
+        return data.decode("utf-8", "replace").strip()
 
     def order(self, epoch: int, seed: int, rank: int, world_size: int) -> np.ndarray:
         """The plan of an epoch; see :meth:`ImageSource.order`.

@@ -60,11 +60,31 @@ class CNNDecoder(Decoder):
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        if grid is None or grid[0] * grid[1] != latents.shape[1]:
-            raise ValueError(f"a grid decoder needs the (h, w) of its {latents.shape[1]} latents; got grid={grid}")
-        x = latents.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w), channels-last in memory
-        x = self.middle(self.conv_in(x.contiguous(memory_format=torch.channels_last)))
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.conv_out.weight
+
+    def forward(
+        self,
+        latents: Tensor,
+        grid: tuple[int, int] | None = None,
+        *,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        x = self.middle(self.conv_in(latent_map(latents, grid)))
         for level in self.levels:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+
+
+def latent_map(latents: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    """Latents ``(B, N, D)`` in raster order as a map ``(B, D, h, w)``, channels-last in memory.
+
+    Raises:
+        ValueError: unless ``grid`` is ``(h, w)`` with ``h * w = N``.
+    """
+    if grid is None or grid[0] * grid[1] != latents.shape[1]:
+        raise ValueError(f"a grid decoder needs the (h, w) of its {latents.shape[1]} latents; got grid={grid}")
+    x = latents.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+    return x.contiguous(memory_format=torch.channels_last)

@@ -33,25 +33,34 @@ def model_card(config: dict[str, Any], name: str) -> str:
     lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items()]
     lines += ["---", "", f"# {name.rsplit('/', 1)[-1]}", "", _summary(config), ""]
     lines += ["```python", "import vistok", f"tokenizer = vistok.load({json.dumps(name)})"]
-    lines += ["tokens = tokenizer.encode(images)  # images: (B, 3, H, W) float in [0, 1]"]
-    lines += ["images = tokenizer.decode(tokens)", "```", ""]
+    kind = "tokens" if config["tokens"]["streams"] else "latents"
+    suffix = "" if kind == "tokens" else "_latents"
+    lines += [f"{kind} = tokenizer.encode{suffix}(images)  # images: (B, 3, H, W) float in [0, 1]"]
+    context = ", context=features)  # (B, T, C), of the text" if config["takes_context"] else ")"
+    lines += [f"images = tokenizer.decode{suffix}({kind}{context}", "```", ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|", *[f"| {key} | {value} |" for key, value in metrics.items()], ""]
     return "\n".join(lines)
 
 
 def _summary(config: dict[str, Any]) -> str:
-    """One sentence: class, image size, tokens, rate, parameters."""
+    """One sentence: class, origin, image size, tokens, rate, parameters."""
     height, width = config["image"]["size"]
-    streams = config["tokens"]["streams"]
-    tokens = " + ".join(
-        f"{stream['length']} {stream['name']} tokens of {codebook_text(stream['codebook_sizes'])} codes"
-        for stream in streams
-    )
-    bits = config["tokens"]["bits"]
     kind = config["tokenizer"]["class_path"].rsplit(".", 1)[-1]
+    if config["tokens"]["streams"]:
+        nature = "discrete"
+        bits = config["tokens"]["bits"]
+        tokens = " + ".join(
+            f"{stream['length']} {stream['name']} tokens of {codebook_text(stream['codebook_sizes'])} codes"
+            for stream in config["tokens"]["streams"]
+        )
+        content = f"{tokens}, {bits:g} bits per image ({bits / (height * width):.4g} per pixel)"
+    else:
+        nature = "continuous"
+        content = "{} latents of {} channels".format(*config["latents"])
+    published = config["metadata"].get("published_model")
+    origin = "made with" if published is None else f"released as {published}, converted to"
     return (
-        f"A discrete image tokenizer ({kind}) made with Vistok: "
-        f"{height}x{width} images as {tokens}, {bits:g} bits per image ({bits / (height * width):.4g} per pixel), "
+        f"A {nature} image tokenizer ({kind}), {origin} Vistok: {height}x{width} images as {content}, "
         f"{config['parameters'] / 1e6:.1f} M parameters."
     )

@@ -18,11 +18,13 @@ import torch
 
 from .. import __version__
 from ..tokenizers.base import Stream, Tokenizer
+from ..tokenizers.continuous import GaussianTokenizer
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of released checkpoints, a .ckpt last
 RESIZE = "bicubic antialias, shorter side"
 CROPS = ("center", "adm")
 
@@ -81,6 +83,13 @@ def read_streams(data: list[dict[str, Any]]) -> tuple[Stream, ...]:
     )
 
 
+def latent_shape(tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """``(N, D)`` of an image's latents for a tokenizer that is continuous, ``None`` for one with tokens."""
+    if not isinstance(tokenizer, GaussianTokenizer):
+        return None
+    return tokenizer.encoder.num_tokens(tokenizer.image_size), tokenizer.decoder.in_dim
+
+
 def describe(tokenizer: Tokenizer, *, crop: str = "center") -> dict[str, Any]:
     """The content of ``config.json``, without metadata.
 
@@ -112,6 +121,8 @@ def describe(tokenizer: Tokenizer, *, crop: str = "center") -> dict[str, Any]:
             "streams": describe_streams(layout),
             "bits": sum(stream.length * stream.bits for stream in layout),
         },
+        "latents": latent_shape(tokenizer),
+        "takes_context": tokenizer.takes_context,
         "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
     }
 

@@ -8,7 +8,6 @@ initialising weights that the file replaces.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,23 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..data.files import cache_folder
 from ..layers.configurable import build
 from ..tokenizers.base import Tokenizer
-from .format import CONFIG_FILE, CROPS, FORMAT_VERSION, WEIGHTS_FILE, CheckpointError, fingerprint, is_own_config
+from .catalog import PublishedModel, find, of_file, of_name, of_repository, suggestion
+from .fetch import fetch
+from .format import (
+    CONFIG_FILE,
+    CROPS,
+    FORMAT_VERSION,
+    WEIGHT_SUFFIXES,
+    WEIGHTS_FILE,
+    CheckpointError,
+    fingerprint,
+    is_own_config,
+)
+from .repository import Repository, is_repo_id
 from .weights import fill_weights, read_safetensors
-
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Everything that a released checkpoint may consist of; an export of ours needs only its two files.
-_PUBLISHED_PATTERNS = ["*.json", "*.yaml", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,8 @@ class Loaded:
 def load(
     path_or_repo_id: str | Path,
     *,
+    filename: str | None = None,
+    model: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -62,12 +72,15 @@ def load(
 
     Args:
         path_or_repo_id: a folder that :func:`vistok.save` wrote; a ``.ckpt`` of a training run, or the folder of the
-            run (its last checkpoint is taken); a repository ``"organisation/name"`` of the Hub; or a folder or
-            repository with a released checkpoint of a known family.
+            run (its last checkpoint is taken); the name of a published model (``vistok models`` lists them); a
+            repository ``"organisation/name"`` of the Hub; or a folder, repository or lone file with a released
+            checkpoint of a known family.
+        filename: of the weights, in a folder or repository that holds several.
+        model: name of the published model that the weights are of, where neither a config nor the file name tells.
         revision: branch, tag or commit of the repository.
         token: access token for the Hub; the one that is logged in if ``None``.
-        cache_dir: where downloads are kept; the Hub's own cache if ``None``.
-        local_files_only: take the repository from the cache and never ask the network.
+        cache_dir: where downloads are kept; the Hub's own cache (and Vistok's, for other addresses) if ``None``.
+        local_files_only: take downloads from the cache and never ask the network; ``HF_HUB_OFFLINE=1`` likewise.
         device: where the tokenizer goes.
         dtype: what floating-point weights are cast to; as stored if ``None``.
         ema: take the averaged weights of a training checkpoint that holds them.
@@ -79,10 +92,12 @@ def load(
     Raises:
         FileNotFoundError: if there is nothing to load under that name.
         CheckpointError: (a ``ValueError``) if what is there cannot be loaded; names the file and the reason.
-        ValueError: for ``overrides`` or ``ema=False`` where they mean nothing.
+        ValueError: for ``overrides``, ``filename``, ``model`` or ``ema=False`` where they mean nothing.
     """
     loaded = load_with_source(
         path_or_repo_id,
+        filename=filename,
+        model=model,
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -96,6 +111,8 @@ def load(
 def load_with_source(
     path_or_repo_id: str | Path,
     *,
+    filename: str | None = None,
+    model: str | None = None,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -104,45 +121,63 @@ def load_with_source(
     **overrides: Any,
 ) -> Loaded:
     """:func:`load`, on the CPU, with what is known about the tokenizer besides."""
-    path, origin = Path(path_or_repo_id).expanduser(), ""
+    given = None if model is None else find(model)
+    path, entry, origin = Path(path_or_repo_id).expanduser(), None, ""
     if not path.exists():
-        path, origin = _download(str(path_or_repo_id), revision, token, cache_dir, local_files_only)
-    checkpoint = path if path.is_file() else _last_checkpoint(path)
+        path, filename, entry, origin = _download(
+            str(path_or_repo_id), filename, revision, token, cache_dir, local_files_only
+        )
+    elif path.is_file():
+        if filename is not None:
+            raise ValueError(f"filename chooses in a folder or repository, but {path} is a file; leave it out")
+        if given is None and of_file(path.name) is None and path.suffix not in WEIGHT_SUFFIXES[:-1]:
+            # A lone .ckpt is one of ours unless its name is known.
+            return _load_training_checkpoint(_without(path, overrides), ema)
+        path, filename = path.parent, path.name
+    released = given or entry or filename
+    checkpoint = None if released else _last_checkpoint(path)
     if checkpoint is not None:
-        if overrides:
-            raise _refused_overrides(checkpoint, overrides)
-        return _load_training_checkpoint(checkpoint, ema)
+        return _load_training_checkpoint(_without(checkpoint, overrides), ema)
     if not ema:
         raise ValueError(f"ema=False is for training checkpoints; {path_or_repo_id} holds one set of weights")
-    config = _read_config(path / CONFIG_FILE)
-    if is_own_config(config):
-        if overrides:
-            raise _refused_overrides(path, overrides)
-        return _load_export(path, config, origin or f"folder {path}")
+    config = None if given else _read_config(path / CONFIG_FILE)
+    if config is None and not released and not any(file.suffix in WEIGHT_SUFFIXES for file in path.iterdir()):
+        raise CheckpointError(f"{path} is no checkpoint: it holds neither {CONFIG_FILE} nor checkpoints/*.ckpt")
+    if is_own_config(config) and filename in (None, WEIGHTS_FILE):
+        return _load_export(_without(path, overrides), config, origin or f"folder {path}")
     from .published import load_published
 
+    entry = entry or (of_file(filename) if filename else None)
     try:
-        tokenizer = load_published(path, **overrides)
+        tokenizer = load_published(path, filename, given, entry, **overrides)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return Loaded(tokenizer, f"released checkpoint, {origin or f'folder {path}'}", fingerprint(tokenizer))
-
-
-def _refused_overrides(path: Path, overrides: dict[str, Any]) -> ValueError:
-    return ValueError(
-        f"{path} says itself how its tokenizer is built; arguments such as {sorted(overrides)} are only for released "
-        f"checkpoints of other projects"
+    entry, place = given or entry, path / filename if filename else f"folder {path}"
+    return Loaded(
+        tokenizer,
+        f"released checkpoint, {origin or place}",
+        fingerprint(tokenizer),
+        crop=entry.crop if entry else "center",
+        metadata=entry.metadata if entry else {},
     )
 
 
+def _without(path: Path, overrides: dict[str, Any]) -> Path:
+    """The path, of something that says itself how it is built: overrides are refused."""
+    if overrides:
+        raise ValueError(
+            f"{path} says itself how its tokenizer is built; arguments such as {sorted(overrides)} are only for "
+            f"released checkpoints of other projects"
+        )
+    return path
+
+
 def _read_config(path: Path) -> Any:
-    """The parsed ``config.json``."""
+    """The parsed ``config.json``; ``None`` if there is none."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path.parent} is no checkpoint: it holds neither {CONFIG_FILE} nor checkpoints/*.ckpt"
-        ) from error
+    except FileNotFoundError:
+        return None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not a text file: {error}") from error
     try:
@@ -188,7 +223,10 @@ def _load_training_checkpoint(path: Path, ema: bool) -> Loaded:
         ) from error
     entry = checkpoint.get("vistok") if isinstance(checkpoint, dict) else None
     if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is not a checkpoint of a Vistok training run (it has no 'vistok' entry)")
+        raise CheckpointError(
+            f"{path} is not a checkpoint of a Vistok training run (it has no 'vistok' entry). If another project "
+            f"released it, say which model it is: model='taming-f16-1024', for instance"
+        )
     _check_version(entry.get("format_version"), path)
     try:
         tree = json.loads(entry["tokenizer"])
@@ -218,7 +256,8 @@ def _load_training_checkpoint(path: Path, ema: bool) -> Loaded:
 def _last_checkpoint(folder: Path) -> Path | None:
     """``last.ckpt`` of a run folder (or of its checkpoints folder), else the newest; ``None`` if there is none."""
     places = [folder / "checkpoints"]
-    if not (folder / CONFIG_FILE).exists():  # beside a config.json, a .ckpt belongs to a released checkpoint
+    # Beside a config of another project, a .ckpt is a released checkpoint. (A config.yaml may be that of a run.)
+    if not any((folder / name).exists() for name in (CONFIG_FILE, "model.yaml")):
         places.append(folder)
     for place in places:
         found = [file for file in place.glob("*.ckpt") if file.is_file()]
@@ -249,37 +288,36 @@ def _build(tree: Any, file: Path) -> Tokenizer:
 
 
 def _download(
-    name: str, revision: str | None, token: str | None, cache_dir: str | Path | None, local_files_only: bool
-) -> tuple[Path, str]:
-    """The local folder of a repository, and its name with the commit."""
-    if not _REPO_ID.fullmatch(name):
+    name: str,
+    filename: str | None,
+    revision: str | None,
+    token: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+) -> tuple[Path, str | None, PublishedModel | None, str]:
+    """The local folder of a published model or repository, the weights in it, its entry, and where it came from."""
+    entry = of_name(name)
+    if entry is not None:
+        if filename is not None:
+            raise ValueError(f"filename chooses in a folder or repository, but {name} is one model; leave it out")
+        if entry.is_address:
+            path = fetch(
+                entry.source,
+                Path(cache_dir or cache_folder() / "downloads").expanduser() / entry.files[0],
+                sha256=entry.sha256,
+                local_files_only=local_files_only,
+            )
+            return path.parent, path.name, entry, f"{entry.source} as {path}"
+        name, filename = entry.source, entry.filename
+    elif not is_repo_id(name):
         raise FileNotFoundError(
-            f"nothing to load at {name!r}: accepted are a folder written by vistok.save, a .ckpt of a training run, "
-            f"the folder of a run, or a repository 'organisation/name' of the Hub"
+            f"nothing to load at {name!r}{suggestion(name)}: accepted are a folder written by vistok.save, a .ckpt of "
+            f"a training run, the folder of a run, the name of a published model (vistok models lists them), or a "
+            f"repository 'organisation/name' of the Hub"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    def fetch(patterns: list[str]) -> Path:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            allow_patterns=patterns,
-        )
-        return Path(folder)
-
-    try:
-        folder = fetch([CONFIG_FILE])
-        own = (folder / CONFIG_FILE).is_file() and is_own_config(_read_config(folder / CONFIG_FILE))
-        folder = fetch([CONFIG_FILE, WEIGHTS_FILE] if own else _PUBLISHED_PATTERNS)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise FileNotFoundError(
-            f"there is no folder {name!r}, and the repository of that name cannot be fetched: {_first_line(error)}"
-        ) from error
-    return folder, f"repository {name} at {folder.name}"
+    entry = entry or of_repository(name, filename)
+    folder = Repository(name, revision, token, cache_dir, local_files_only).fetch(filename)
+    return folder, filename, entry, f"repository {name} at {folder.name}"
 
 
 def _first_line(error: BaseException) -> str:

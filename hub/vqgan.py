@@ -78,6 +78,13 @@ def read_taming(
 
 
 def _build(state: dict[str, Tensor], image_size: int, l2_normalize: bool) -> tuple[VQGAN, dict[str, Tensor]]:
+    needed = ("quantizer.codebook", "to_quantizer.weight", "encoder.conv_in.weight", "encoder.conv_out.weight")
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(
+            f"this is no VQGAN with a plain codebook (quantize.embedding.weight; Gumbel codebooks and continuous "
+            f"autoencoders share its config): there is nothing for {missing[0]}"
+        )
     pointwise_to_linear(state, ("to_quantizer.weight", "from_quantizer.weight"))
     channels = state["encoder.conv_in.weight"].shape[0]
     levels = range(count(state, r"encoder\.levels\.(\d+)\."))

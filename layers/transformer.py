@@ -24,9 +24,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend over ``(B, N, D)``; ``mask`` is bool ``(B, N)``, ``True`` = every position may look at this one."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, N, D / heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        keys = None if mask is None else mask[:, None, None]  # (B, 1, 1, N)
+        x = F.scaled_dot_product_attention(q, k, v, keys)
         return self.out(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
@@ -53,8 +55,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, mlp_ratio * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Layer output ``(B, N, D)``; ``mask`` as in :class:`Attention`."""
+        x = x + self.attention(self.norm1(x), mask)
         return x + self.mlp(self.norm2(x))
 
 

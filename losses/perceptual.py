@@ -1,26 +1,28 @@
-"""LPIPS as a training loss (arXiv:1801.03924), with the ``lpips`` package.
+"""LPIPS as a training loss (arXiv:1801.03924), with the learned heads of the ``lpips`` package.
 
-The package ships the learned linear heads; the ImageNet trunk comes from a local torchvision file or is downloaded once
-into torch's hub cache. The network is frozen, always in eval (its dropout would make the loss noisy), and part of
-neither checkpoints nor the EMA.
+Five layers of an ImageNet network; at every position the features are scaled to unit length, and the squared
+differences are weighed by a learned non-negative weight per channel. The value is that of ``lpips.LPIPS`` in eval; the
+computation keeps less for the backward pass.
 """
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable
-from pathlib import Path
+from importlib.resources import as_file, files
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_TRUNKS = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
-_HOST = "https://download.pytorch.org/models/"
+from ..layers.frozen import Frozen
+from .pairs import at_least_float32
+from .perceptual_term import PerceptualTerm
+from .trunks import load_feature_trunk
+
+_TRUNKS = {"vgg": "vgg16", "alex": "alexnet"}
+_EPSILON = 1e-10  # added to norms, as lpips does
 
 
-class LPIPSLoss(nn.Module):
+class LPIPSLoss(PerceptualTerm):
     """Mean LPIPS distance of a batch.
 
     Args:
@@ -29,66 +31,70 @@ class LPIPSLoss(nn.Module):
         start_step: optimizer step from which the term counts; before it, it is not computed.
         trunk_weights: torchvision file of the trunk (``vgg16-397923af.pth`` or ``alexnet-owt-7be5be79.pth``); torch's
             hub cache, then a download, if ``None``.
+        precision: of the trunk, ``float32`` or ``bfloat16``; norms, differences and means stay in float32.
 
     Raises:
         ValueError: for an unknown trunk, or a file that is not its weights.
         FileNotFoundError: if the trunk weights are neither given, nor cached, nor to be downloaded.
     """
 
+    name = "lpips"
+
     def __init__(
-        self, net: str = "vgg", weight: float = 1.0, start_step: int = 0, trunk_weights: str | None = None
+        self,
+        net: str = "vgg",
+        weight: float = 1.0,
+        start_step: int = 0,
+        trunk_weights: str | None = None,
+        precision: str = "float32",
     ) -> None:
-        super().__init__()
         if net not in _TRUNKS:
             raise ValueError(f"net must be one of {sorted(_TRUNKS)}; got {net!r}")
-        self.weight = weight
-        self.start_step = start_step
-        # In a list: not registered as a submodule, hence in no state_dict and no EMA copy.
-        self._network = [_build_lpips(net, _trunk_state(net, trunk_weights))]
+        super().__init__(load_feature_trunk(_TRUNKS[net], trunk_weights), weight, start_step, precision)
+        self.heads = Frozen(nn.ParameterList(_load_heads(net)))
 
-    def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """Scalar loss of ``(B, 3, H, W)`` against ``(B, 3, H, W)``, both nominally in [0, 1]."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self._network[0](reconstructions.float(), images.float(), normalize=True).mean()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LPIPSLoss:
-        self._network[0]._apply(fn)
-        return super()._apply(fn, recurse)
+    def compare(self, stage: int, features: Tensor, targets: Tensor) -> Tensor:
+        return _WeightedUnitDistance.apply(features, targets, self.heads.network[stage])
 
 
-def _build_lpips(net: str, trunk: dict[str, Tensor]) -> nn.Module:
-    import lpips
+class _WeightedUnitDistance(torch.autograd.Function):
+    """Mean over batch and positions of ``sum_c w_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2``.
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchvision warns about the arguments that lpips passes
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    own = network.net.state_dict()
-    # lpips cuts torchvision's `features` into slices and keeps layer numbers: slice3.10.weight is features.10.weight.
-    state = {name: trunk.get(re.sub(r"^slice\d+\.", "features.", name)) for name in own}
-    wrong = [name for name, value in state.items() if value is None or value.shape != own[name].shape]
-    if wrong:
-        raise ValueError(f"the trunk weights are not torchvision's {net}: {wrong[0]} does not fit")
-    network.net.load_state_dict(state)
-    return network.requires_grad_(False).eval()
+    The value is a scalar, so its gradient with respect to ``a`` is known, up to a factor, when the value is. Keeping
+    that one tensor, in the features' own type, takes the place of the float32 features and differences that autograd
+    would keep (a third of what a bfloat16 VGG16 keeps in all), and leaves one product to the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
+        x = at_least_float32(a)  # (B, C, H, W)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # (B, 1, H, W)
+        unit = x / (norm + _EPSILON)
+        difference = unit - _unit(at_least_float32(b))
+        slope = difference * weights  # half the gradient with respect to the unit vectors
+        positions = norm.numel()
+        value = (slope * difference).sum() / positions
+        if ctx.needs_input_grad[0]:
+            # Of u = a / (|a| + eps): what lies along a changes the length, which u does not have.
+            radial = (slope * unit).sum(1, keepdim=True) / norm.clamp_min(_EPSILON)
+            gradient = (slope - radial * x) * (2 / positions) / (norm + _EPSILON)
+            ctx.save_for_backward(gradient.to(a.dtype))
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output.to(gradient.dtype), None, None
 
 
-def _trunk_state(net: str, path: str | None) -> dict[str, Any]:
-    name = _TRUNKS[net]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
-    remedy = (
-        f"fetch {_HOST}{name} on a machine with internet access and give its path as trunk_weights, "
-        f"or put it at {cached}"
-    )
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"trunk_weights: there is no file {path!r}; {remedy}")
-    file = Path(path) if path is not None else cached
-    if not file.is_file():
-        try:
-            return torch.hub.load_state_dict_from_url(_HOST + name, map_location="cpu", weights_only=True)
-        except OSError as error:
-            reason = f"LPIPS needs the {net} trunk, which cannot be downloaded ({error})"
-            raise FileNotFoundError(f"{reason}; {remedy}") from error
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{file} is not a readable weights file ({error}); {remedy}") from error
+def _unit(x: Tensor) -> Tensor:
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON)
+
+
+def _load_heads(net: str) -> list[nn.Parameter]:
+    with as_file(files("lpips") / "weights" / "v0.1" / f"{net}.pth") as path:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    return [
+        nn.Parameter(state[f"lin{i}.model.1.weight"], requires_grad=False) for i in range(len(state))
+    ]  # (1, C, 1, 1)

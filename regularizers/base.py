@@ -17,13 +17,14 @@ class Regularizer(Configurable):
     """Base class of token regularizers."""
 
     @abstractmethod
-    def forward(self, quantized: Tensor, indices: Tensor) -> Tensor:
-        """Quantized latents for the decoder.
+    def forward(self, quantized: Tensor, indices: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Quantized latents for the decoder, and which of them it may see.
 
         Args:
             quantized: ``(B, N, D)`` quantized latents.
             indices: ``(B, N, G)`` their codes.
+            mask: ``(B, N)`` bool, ``True`` = keep, or ``None`` if every token is kept.
 
         Returns:
-            ``(B, N', D)`` with ``N' <= N``.
+            ``(B, N', D)`` with ``N' <= N``, and a mask ``(B, N')`` or ``None``.
         """

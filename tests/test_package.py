@@ -112,7 +112,7 @@ def test_wheel_holds_every_module_and_imports_elsewhere(tmp_path):
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     expected = {module.replace(".", "/") + ".py" for module in modules()}
-    configs = {f"vistok/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    configs = {f"vistok/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert expected | configs | {"vistok/__init__.py", "vistok/train.py"} <= names
     assert not [name for name in names if name.startswith(("vistok/tests", "vistok/benchmarks"))]
     code = f"import vistok\nassert vistok.__file__.startswith({str(tmp_path)!r}), vistok.__file__\n"

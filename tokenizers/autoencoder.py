@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from ..decoders.base import Decoder
 from ..encoders.base import Encoder
-from ..layers.sizes import image_hw
 from ..quantizers.base import Quantizer
 from ..regularizers.base import Regularizer
-from .base import Stream, Tokenizer, TokenizerOutput, Tokens
+from ..regularizers.tail_drop import TailTokenDrop
+from .base import Stream, TokenizerOutput, Tokens
+from .encoder_decoder import EncoderDecoderTokenizer, weight_dtype
 
 
-class AutoencoderTokenizer(Tokenizer):
+class AutoencoderTokenizer(EncoderDecoderTokenizer):
     """Encoder, quantizer, regularizers and decoder in a row.
 
     The tokens are one stream named ``image``, or one per block where the quantizer arranges its indices in blocks
@@ -48,34 +49,14 @@ class AutoencoderTokenizer(Tokenizer):
         pixel_range: tuple[float, float] = (0.0, 1.0),
         projections: str = "auto",
     ) -> None:
-        super().__init__()
         if projections not in ("auto", "always"):
             raise ValueError(f"projections must be 'auto' or 'always'; got {projections!r}")
-        if image_size is None and encoder.image_size is None:
-            raise ValueError("image_size is needed: this encoder takes images of any size")
-        own_size = encoder.image_size if image_size is None else image_hw(image_size, encoder.stride)
-        if encoder.image_size is not None and own_size != encoder.image_size:
-            raise ValueError(f"image_size {own_size} differs from the encoder's {encoder.image_size}")
-        self._image_size = own_size
-        self.pixel_range = (float(pixel_range[0]), float(pixel_range[1]))
-        self.encoder = encoder
+        super().__init__(encoder, image_size, pixel_range)
         self.to_quantizer = _projection(encoder.out_dim, quantizer.dim, projections)
         self.quantizer = quantizer
         self.regularizers = nn.ModuleList(regularizers)
         self.from_quantizer = _projection(quantizer.dim, decoder.in_dim, projections)
         self.decoder = decoder
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        return self._image_size
-
-    @property
-    def stride(self) -> int:
-        return self.encoder.stride
-
-    @property
-    def any_image_size(self) -> bool:
-        return self.encoder.image_size is None
 
     @property
     def default_loss_weights(self) -> Mapping[str, float]:
@@ -84,6 +65,10 @@ class AutoencoderTokenizer(Tokenizer):
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         return self.quantizer.codebook_sizes
+
+    @property
+    def variable_length(self) -> bool:
+        return any(isinstance(part, TailTokenDrop) for part in self.regularizers)
 
     def layout(self, image_size: tuple[int, int] | None = None) -> tuple[Stream, ...]:
         size = self.image_size if image_size is None else image_size
@@ -145,31 +130,40 @@ class AutoencoderTokenizer(Tokenizer):
 
     def latents(self, images: Tensor) -> Tensor:
         """Latents ``(B, N, D)`` of images ``(B, 3, H, W)`` in [0, 1], before the quantizer."""
-        self.check_images(images)
-        low, high = self.pixel_range
-        return self.to_quantizer(self.encoder(images * (high - low) + low))
+        return self.to_quantizer(self.run_encoder(images))
 
-    def decode_latents(self, quantized: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Images ``(B, 3, H, W)``, nominally in [0, 1] and not clamped, of quantized latents ``(B, N, D)``."""
-        low, high = self.pixel_range
-        return (self.decoder(self.from_quantizer(quantized), grid) - low) / (high - low)
+    def decode_latents(
+        self,
+        quantized: Tensor,
+        grid: tuple[int, int] | None = None,
+        *,
+        mask: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Images ``(B, 3, H, W)``, nominally in [0, 1] and not clamped, of quantized latents ``(B, N, D)``.
+
+        See :meth:`~vistok.tokenizers.encoder_decoder.EncoderDecoderTokenizer.run_decoder` for the other arguments.
+        """
+        quantized = quantized.to(weight_dtype(self.from_quantizer, quantized.dtype))
+        return self.run_decoder(self.from_quantizer(quantized), grid, mask=mask, context=context)
 
     def bottleneck(self, images: Tensor) -> TokenizerOutput:
         """:meth:`forward` without the decoder."""
         z = self.latents(images)  # (B, N, D)
         size = (images.shape[2], images.shape[3])
         result = self.quantizer(z.unflatten(1, self._token_axes(size)))
-        quantized = result.quantized.flatten(1, -2)  # (B, N, D)
+        quantized, mask = result.quantized.flatten(1, -2), None  # (B, N, D)
         if self.training:
+            indices = result.indices.flatten(1, -2)  # (B, N, G)
             for regularizer in self.regularizers:
-                quantized = regularizer(quantized, result.indices.flatten(1, -2))
+                quantized, mask = regularizer(quantized, indices[:, : quantized.shape[1]], mask)
         tokens = self._to_tokens(result.indices, size)
-        return TokenizerOutput(z, quantized, tokens, result.losses, result.statistics)
+        return TokenizerOutput(z, quantized, tokens, result.losses, result.statistics, mask=mask)
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, *, context: Tensor | None = None) -> TokenizerOutput:
         output = self.bottleneck(images)
         grid = self.encoder.grid((images.shape[2], images.shape[3]))
-        output.decoded = self.decode_latents(output.quantized, grid)
+        output.decoded = self.decode_latents(output.quantized, grid, mask=output.mask, context=context)
         return output
 
     @torch.no_grad()
@@ -180,24 +174,33 @@ class AutoencoderTokenizer(Tokenizer):
         return self._to_tokens(self.quantizer.encode(z), size)
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Tensor:
-        """See :meth:`Tokenizer.decode`. A prefix of a 1D sequence (``tokens.truncate(n)``) is decoded as it is.
+    def decode(self, tokens: Tokens, *, clamp: bool = True, context: Tensor | None = None) -> Tensor:
+        """See :meth:`Tokenizer.decode`.
+
+        A prefix of a 1D sequence (``tokens.truncate(n)``) is decoded as it is. Dropped tokens (``tokens.mask``, or
+        ``-1``) are left out, sample by sample, where the decoder takes masks.
 
         Raises:
-            ValueError: for tokens of another layout, or an index outside the codebook.
+            ValueError: for tokens of another layout, an index outside the codebook, or dropped tokens and a decoder
+                that cannot leave tokens out.
         """
         quantized = self.quantizer.decode(self._to_indices(tokens))  # (B, *S, D)
         grid = tuple(quantized.shape[1:-1]) if quantized.ndim == 4 else None
-        images = self.decode_latents(quantized.flatten(1, -2), grid)
+        mask = self._kept(tokens)
+        images = self.decode_latents(quantized.flatten(1, -2), grid, mask=mask, context=context)
         return images.clamp(0, 1) if clamp else images
+
+    def _kept(self, tokens: Tokens) -> Tensor | None:
+        """Which tokens the decoder shall see, ``(B, N)``; ``None`` if no token is dropped."""
+        dropped = {name: (ids < 0).all(-1) for name, ids in tokens.indices.items()}
+        if not any(where.any() for where in dropped.values()):
+            return None
+        if len(self.layout()) > 1:
+            raise ValueError(f"tokens of several streams ({', '.join(dropped)}) cannot be left out one by one")
+        return ~next(iter(dropped.values()))
 
     def commit_update(self) -> None:
         self.quantizer.commit_update()
-
-    def after_load(self) -> None:
-        for part in (self.encoder, self.decoder):
-            if getattr(part, "channels_last", False):
-                part.to(memory_format=torch.channels_last)
 
 
 def _streams(names: Iterable[str]) -> str:

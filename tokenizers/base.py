@@ -266,20 +266,23 @@ class TokenizerOutput:
 
     Attributes:
         latents: ``(B, N, D)`` encoder latents before the quantizer.
-        quantized: ``(B, N, D)`` latents as the decoder gets them, after quantizer and regularizers.
-        tokens: the indices.
+        quantized: ``(B, N', D)`` latents as the decoder gets them, after quantizer and regularizers; ``N' < N`` if a
+            regularizer cut the sequence.
+        tokens: the indices, of the full sequence; ``None`` for a tokenizer without codes.
         losses: unweighted scalar losses of quantizer and regularizers.
         statistics: detached tensors, ``counts`` among them (see :class:`~vistok.quantizers.base.Quantized`).
         decoded: what the decoder returns: for a pixel decoder images ``(B, 3, H, W)``, nominally in [0, 1] and not
             clamped; ``None`` where the objective runs the decoder itself (flows have no reconstruction in training).
+        mask: ``(B, N')`` bool, ``True`` = the decoder sees the token; ``None`` if it sees all of ``quantized``.
     """
 
     latents: Tensor
     quantized: Tensor
-    tokens: Tokens
+    tokens: Tokens | None
     losses: dict[str, Tensor] = field(default_factory=dict)
     statistics: dict[str, Tensor] = field(default_factory=dict)
     decoded: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Tokenizer(Configurable):
@@ -295,6 +298,16 @@ class Tokenizer(Configurable):
     def codebook_sizes(self) -> tuple[int, ...]:
         """The codebooks that ``forward(...).statistics["counts"]`` counts, one after another."""
 
+    @property
+    def variable_length(self) -> bool:
+        """Whether :meth:`decode` is trained on prefixes of the sequence (``tokens.truncate(n)``)."""
+        return False
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether :meth:`forward` and :meth:`decode` need conditioning features (text)."""
+        return False
+
     def commit_update(self) -> None:
         """Called once after every optimizer step; see :meth:`~vistok.quantizers.base.Quantizer.commit_update`."""
 
@@ -306,15 +319,20 @@ class Tokenizer(Configurable):
         """Tokens of images ``(B, 3, H, W)`` float in [0, 1]: deterministic, without gradient."""
 
     @abstractmethod
-    def decode(self, tokens: Tokens, *, clamp: bool = True) -> Tensor:
+    def decode(self, tokens: Tokens, *, clamp: bool = True, context: Tensor | None = None) -> Tensor:
         """Images ``(B, 3, H, W)`` in [0, 1] of tokens; ``clamp=False`` returns the decoder's output as it is.
 
         ``decode(encode(x), clamp=False)`` equals ``forward(x).decoded`` in eval, bit for bit.
+
+        Args:
+            tokens: of this tokenizer.
+            clamp: bring the pixels into [0, 1].
+            context: ``(B, T, C)`` conditioning features, for tokenizers with :attr:`takes_context`.
         """
 
     @abstractmethod
-    def forward(self, images: Tensor) -> TokenizerOutput:
-        """Everything a training objective needs of one batch."""
+    def forward(self, images: Tensor, *, context: Tensor | None = None) -> TokenizerOutput:
+        """Everything a training objective needs of one batch; ``context`` as in :meth:`decode`."""
 
     @abstractmethod
     def layout(self, image_size: tuple[int, int] | None = None) -> tuple[Stream, ...]:

@@ -42,6 +42,7 @@ class RunCheckpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self._saved_step = -1
+        self._due = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -58,7 +59,10 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         # The last step is saved here too where it can be: afterwards Lightning counts an epoch cut short as finished,
         # and a run that is extended would lose the rest of it.
-        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps:
+        due = trainer.global_step % self.every_n_steps == 0 or trainer.global_step == trainer.max_steps
+        self._due = (self._due or due) and trainer.global_step != self._saved_step
+        # A run whose steps are being skipped may be about to end; what it saved before is what its user wants to keep.
+        if self._due and not pl_module.guard.in_a_row:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,7 +71,7 @@ class RunCheckpoints(Checkpoint):
     def _save(self, trainer: pl.Trainer) -> None:
         if trainer.global_step == self._saved_step or trainer.fast_dev_run:
             return
-        self._saved_step = trainer.global_step
+        self._saved_step, self._due = trainer.global_step, False
         folder = checkpoint_folder(trainer.default_root_dir)
         trainer.save_checkpoint(folder / f"step={trainer.global_step:08d}.ckpt")
         if trainer.is_global_zero and self.keep:

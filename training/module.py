@@ -1,7 +1,8 @@
 """The LightningModule that trains every tokenizer.
 
-One optimizer and automatic optimisation, so gradient clipping, accumulation, checkpoints and ``global_step`` mean what
-they say. Nothing in a step waits for the device and nothing is reduced over ranks, except at logging steps.
+One optimizer and automatic optimisation, also with a discriminator, so gradient clipping, accumulation, checkpoints and
+``global_step`` mean what they say. Nothing in a step waits for the device and nothing is reduced over ranks, except at
+logging steps.
 
 A run is a function of its configuration and seed alone: every batch reseeds the generators from (seed, epoch, batch,
 rank), so a resumed run draws what the uninterrupted one would have drawn.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,14 +25,21 @@ from .. import __version__
 from ..eval.codebook import codebook_statistics
 from ..eval.reconstruction import psnr
 from ..layers.conv import Level, Middle
+from ..layers.frozen import Frozen
+from ..layers.maskgit import MaskGITLevel
 from ..layers.transformer import Block
 from ..tokenizers.base import Tokenizer
 from .checkpoints import finish_epoch
 from .ema import ema_copy, ema_decay, ema_update
-from .objectives import Objective, ObjectiveOutput
-from .optimization import Optimization
+from .freezing import freeze as freeze_parts
+from .guard import StepGuard
+from .initialization import Initialization
+from .initialization import initialize as initialize_parts
+from .objectives import Objective, ObjectiveOutput, as_pixels
+from .optimization import DISCRIMINATOR, Optimization
 
 CHECKPOINT_VERSION = 1
+_COMPILED = (Block, Level, Middle, MaskGITLevel)
 Batch = dict[str, Any]
 
 
@@ -42,7 +51,13 @@ class TokenizerTraining(pl.LightningModule):
         objective: what a step minimises.
         optimizer: AdamW and its schedule.
         ema_decay: decay of the moving average of the weights that validation and export use; ``None`` for none.
-        compile: compile the blocks of encoder and decoder with ``torch.compile``.
+        compile: compile the blocks of encoder, decoder and a tokenizer that teaches, and the discriminator, with
+            ``torch.compile``.
+        freeze: parts of the tokenizer that are not trained: submodules (``encoder``) or parameters. They get no
+            gradient, stay in eval, and are out of the optimizer and the moving average.
+        initialize: where parts of the tokenizer get their first weights; a run that resumes does not ask.
+        max_skipped_steps: a step without a finite gradient is skipped; so many in a row end the run (found at the next
+            logging step); never if ``None``.
     """
 
     def __init__(
@@ -52,6 +67,9 @@ class TokenizerTraining(pl.LightningModule):
         optimizer: Optimization = Optimization(),  # noqa: B008 -- jsonargparse reads the defaults off it; not mutated
         ema_decay: float | None = 0.999,
         compile: bool = False,
+        freeze: Sequence[str] = (),
+        initialize: Sequence[Initialization] = (),
+        max_skipped_steps: int | None = 20,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 <= ema_decay < 1:
@@ -60,7 +78,13 @@ class TokenizerTraining(pl.LightningModule):
         self.objective = objective
         self.optimization = optimizer
         self.ema_decay = ema_decay
-        self.ema_tokenizer = None if ema_decay is None else ema_copy(tokenizer)
+        self._frozen = freeze_parts(tokenizer, freeze)
+        self.ema_tokenizer = None if ema_decay is None else ema_copy(tokenizer, shared=self._frozen)
+        for model in (self.tokenizer, self.ema_tokenizer):
+            if model is not None:
+                objective.attach(model)
+        self.initialization = list(initialize)
+        self.guard = StepGuard(max_skipped_steps)
         self.compile_blocks = compile
         self.resolved_config = ""
         self.validated_at: tuple[int, dict[str, float]] | None = None
@@ -72,18 +96,41 @@ class TokenizerTraining(pl.LightningModule):
         """The tokenizer that validation and export use: the moving average if there is one."""
         return self.tokenizer if self.ema_tokenizer is None else self.ema_tokenizer
 
+    def train(self, mode: bool = True) -> TokenizerTraining:
+        super().train(mode)
+        for part in self._frozen:
+            part.eval()
+        if self.ema_tokenizer is not None:
+            self.ema_tokenizer.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.initialization and self.trainer.ckpt_path is None:
+            initialize_parts(self.tokenizer, self.initialization)
+            if self.ema_tokenizer is not None:
+                self.ema_tokenizer.load_state_dict(self.tokenizer.state_dict())
+
     def configure_model(self) -> None:
         if self.compile_blocks:
             self.compile_blocks = False  # Lightning calls this hook again for every trainer
-            for module in self.tokenizer.modules():
-                if isinstance(module, (Block, Level, Middle)):
-                    module.compile()
+            frozen = [part.network for part in self.objective.modules() if isinstance(part, Frozen)]
+            for network in (self.tokenizer, *frozen):
+                for module in network.modules():
+                    if isinstance(module, _COMPILED):
+                        module.compile()
+            if self.objective.discriminator is not None:
+                self.objective.discriminator.compile()
 
     def configure_optimizers(self) -> dict[str, Any]:
         # Under fp16 a fused optimizer unscales the gradients itself, after they have been clipped.
         fused = self.device.type in ("cuda", "cpu") and self.trainer.precision != "16-mixed"
-        total_steps = self.trainer.estimated_stepping_batches
-        optimizer, scheduler = self.optimization.build(self, total_steps, fused)
+        optimizer, scheduler = self.optimization.build(
+            self,
+            self.trainer.estimated_stepping_batches,
+            fused,
+            self.objective.discriminator,
+            self.objective.discriminator_start,
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -99,14 +146,38 @@ class TokenizerTraining(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning refuses to clip for a fused optimizer under any mixed precision, though only fp16 forbids it.
-        if not gradient_clip_val:
-            return
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
-        else:
-            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        """Clip the tokenizer's and the discriminator's gradient each by its own norm; skip what is not finite."""
+        # Not Lightning's: it refuses a fused optimizer under any mixed precision, though only fp16 forbids it.
+        self.objective.before_optimizer_step(self.global_step)
+        roles: dict[str, list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if parameters:
+                roles.setdefault(group["role"], []).extend(parameters)
+        norms = []
+        for parameters in roles.values():
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            norms.append(norm)
+            if gradient_clip_val and gradient_clip_algorithm == "value":
+                torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            elif gradient_clip_val:
+                torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        skip = self.guard.observe(norms)
+        if self.trainer.precision == "16-mixed":
+            return  # the loss scaler skips the step itself
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = skip  # the fused kernel leaves weights, moments and step counts as they are
+        elif skip.item():
+            optimizer.zero_grad()
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if self.objective.needs_fixed_images and (data is None or data.crop != "center" or data.flip):
+            found = "" if data is None else f"; got data.crop={data.crop}, data.flip={data.flip}"
+            raise ValueError(
+                f"what a cache holds of an image is right only for images that look the same in every epoch: "
+                f"data.crop=center and data.flip=0{found}"
+            )
 
     def on_train_start(self) -> None:
         self._images_seen, self._clock = 0, time.perf_counter()
@@ -118,7 +189,7 @@ class TokenizerTraining(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images = _pixels(batch)
-        result = self.objective(self.tokenizer, images, self.global_step)
+        result = self.objective(self.tokenizer, images, self.global_step, batch)
         counts = result.output.statistics.get("counts")
         if counts is not None:
             self._counts = counts if self._counts is None else self._counts + counts
@@ -134,10 +205,13 @@ class TokenizerTraining(pl.LightningModule):
 
     @torch.no_grad()
     def _log_training(self, result: ObjectiveOutput, images: Tensor) -> None:
+        self.guard.check(self.global_step)
         values = {"loss": result.loss.detach(), **result.terms, **_scalars(result.output.statistics)}
         if result.reconstruction is not None:
-            values["psnr"] = psnr(result.reconstruction, images).mean()
-        values = {name: self.trainer.strategy.reduce(value.float(), reduce_op="mean") for name, value in values.items()}
+            values["psnr"] = psnr(result.reconstruction, result.target if result.target is not None else images).mean()
+        # One collective, and on a copy: an all-reduce in place would change what the backward pass has kept.
+        means = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
+        values = dict(zip(values, means.unbind(), strict=True))
         if self._counts is not None:
             counts = self.trainer.strategy.reduce(self._counts, reduce_op="sum")
             values |= codebook_statistics(counts, self.tokenizer.codebook_sizes)
@@ -145,7 +219,10 @@ class TokenizerTraining(pl.LightningModule):
         now = time.perf_counter()
         values["images/s"] = self._images_seen * self.trainer.world_size / max(now - self._clock, 1e-9)
         self._images_seen, self._clock = 0, now
-        values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        for group in self.trainer.optimizers[0].param_groups:
+            name = "lr" if group["role"] != DISCRIMINATOR else "lr_discriminator"
+            values[name] = group["lr"]
+        values["skipped_steps"] = self.guard.total.float()
         self.log_dict({f"train/{name}": value for name, value in values.items()})
         bar = {name: values[name] for name in ("loss", "psnr", "usage", "images/s") if name in values}
         self.log_dict(bar, prog_bar=True, logger=False)
@@ -156,18 +233,18 @@ class TokenizerTraining(pl.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         images = _pixels(batch)
         tokenizer = self.averaged.eval()
-        result = self.objective(tokenizer, images, self.global_step)
+        result = self.objective(tokenizer, images, self.global_step, batch)
         n = torch.tensor(float(len(images)), device=self.device)
         sums = {"images": n, "loss": result.loss.detach().float() * n}
         scalars = result.terms | _scalars(result.output.statistics)
         sums |= {name: value.float() * n for name, value in scalars.items()}
         if result.reconstruction is not None:
-            sums["psnr"] = psnr(result.reconstruction, images).sum()
+            sums["psnr"] = psnr(result.reconstruction, result.target if result.target is not None else images).sum()
         if "counts" in result.output.statistics:
             sums["counts"] = result.output.statistics["counts"]
         for name, value in sums.items():
             self._sums[name] = value.double() + self._sums.get(name, 0)
-        return {"images": images, "reconstructions": result.reconstruction}
+        return {"images": images if result.target is None else result.target, "reconstructions": result.reconstruction}
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
@@ -205,8 +282,7 @@ class TokenizerTraining(pl.LightningModule):
 
 
 def _pixels(batch: Batch) -> Tensor:
-    """uint8 images, already on the device, to float in [0, 1]."""
-    return batch["image"].to(torch.float32).div_(255)
+    return as_pixels(batch["image"])
 
 
 def _differences(stored: Any, current: Any, path: str = "tokenizer") -> Any:

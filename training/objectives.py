@@ -7,13 +7,20 @@ in others. It sees the tokenizer and a batch, and returns one scalar and the ter
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..losses.perceptual import LPIPSLoss
+from ..encoders.text import OpenCLIPText
+from ..losses.adversarial import AdversarialLoss
+from ..losses.perceptual_term import PerceptualTerm
 from ..losses.pixel import PixelLoss
+from ..losses.semantic import SemanticAlignment
 from ..tokenizers.base import Tokenizer, TokenizerOutput
+from .quantizer_losses import quantizer_loss
 from .schedules import Ramp
 
 
@@ -26,67 +33,167 @@ class ObjectiveOutput:
         output: what the tokenizer returned.
         terms: detached, unweighted values of every term, by name.
         reconstruction: ``(B, 3, H, W)`` nominally in [0, 1], or ``None`` where the step has none.
+        target: ``(B, 3, H, W)`` in [0, 1] that it should equal.
     """
 
     loss: Tensor
     output: TokenizerOutput
     terms: dict[str, Tensor] = field(default_factory=dict)
     reconstruction: Tensor | None = None
+    target: Tensor | None = None
 
 
 class Objective(nn.Module):
     """Base class of objectives."""
 
+    @property
+    def discriminator(self) -> nn.Module | None:
+        """The part that is trained against the tokenizer, if there is one."""
+        return None
+
+    @property
+    def discriminator_start(self) -> int:
+        """Optimizer step at which the discriminator begins to train."""
+        return 0
+
+    @property
+    def needs_fixed_images(self) -> bool:
+        """Whether a training image must look the same in every epoch, because something is cached by its index."""
+        return False
+
+    def before_optimizer_step(self, step: int) -> None:
+        """Called once per optimizer step, when all gradients are there."""
+
+    def attach(self, tokenizer: Tokenizer) -> None:
+        """Called once for every tokenizer that will be passed to ``forward``, before training starts."""
+
     @abstractmethod
-    def forward(self, tokenizer: Tokenizer, images: Tensor, step: int) -> ObjectiveOutput:
-        """Loss of images ``(B, 3, H, W)`` in [0, 1] at an optimizer step (terms may start late)."""
+    def forward(
+        self, tokenizer: Tokenizer, images: Tensor, step: int, batch: Mapping[str, Any] | None = None
+    ) -> ObjectiveOutput:
+        """Loss at an optimizer step (terms may start late).
+
+        Args:
+            tokenizer: in train or eval mode.
+            images: ``(B, 3, H, W)`` in [0, 1].
+            step: optimizer steps done before this one.
+            batch: everything else that the loader gave: ``index``, ``target``, ``text`` where the source has them.
+        """
 
 
 class ReconstructionObjective(Objective):
-    """Pixel, perceptual and quantizer losses of a reconstruction.
+    """Pixel, perceptual, adversarial, semantic and quantizer losses of a reconstruction.
+
+    A batch may bring the image to reconstruct (``target``, see :class:`~vistok.data.paired.PairedFolder`); otherwise it
+    is the image that went in. It may bring a caption (``text``) for tokenizers whose decoder reads one.
 
     Args:
         l1: weight of the mean absolute pixel error.
         l2: weight of the mean squared pixel error.
-        perceptual: LPIPS term, off if ``None``.
+        logit_laplace: weight of the logit-Laplace likelihood, see :class:`~vistok.losses.pixel.PixelLoss`.
+        perceptual: perceptual term, or several.
+        adversarial: discriminator and its losses. It is trained by the same optimizer and in the same step.
+        semantic: alignment of a layer with a frozen teacher.
         quantizer_weights: weight of each loss that the quantizer returns, over its published defaults: a number (0
             turns the loss off), or a :class:`~vistok.training.schedules.Ramp` over the optimizer steps.
+        text_encoder: turns the captions of a batch into the decoder's context.
     """
 
     def __init__(
         self,
         l1: float = 0.0,
         l2: float = 1.0,
-        perceptual: LPIPSLoss | None = None,
+        perceptual: PerceptualTerm | list[PerceptualTerm] | None = None,
         quantizer_weights: dict[str, float | Ramp] | None = None,
+        adversarial: AdversarialLoss | None = None,
+        semantic: SemanticAlignment | None = None,
+        logit_laplace: float = 0.0,
+        text_encoder: OpenCLIPText | None = None,
     ) -> None:
         super().__init__()
-        self.pixel = PixelLoss(l1, l2)
-        self.perceptual = perceptual
+        self.pixel = PixelLoss(l1, l2, logit_laplace)
+        terms = [] if perceptual is None else perceptual if isinstance(perceptual, list) else [perceptual]
+        self.perceptual = nn.ModuleList(terms)
+        self.adversarial = adversarial
+        self.semantic = semantic
         self.quantizer_weights = dict(quantizer_weights or {})
+        self.text_encoder = text_encoder
 
-    def forward(self, tokenizer: Tokenizer, images: Tensor, step: int) -> ObjectiveOutput:
-        output = tokenizer(images)
-        loss = self.pixel(output.decoded, images)
+    @property
+    def discriminator(self) -> nn.Module | None:
+        return None if self.adversarial is None else self.adversarial.discriminator
+
+    @property
+    def discriminator_start(self) -> int:
+        return 0 if self.adversarial is None else self.adversarial.start_step
+
+    @property
+    def needs_fixed_images(self) -> bool:
+        return self.semantic is not None and self.semantic.cache is not None
+
+    def before_optimizer_step(self, step: int) -> None:
+        for term in (self.semantic, self.adversarial):
+            if term is not None:
+                term.drop_held_gradients(step)
+
+    def attach(self, tokenizer: Tokenizer) -> None:
+        if self.semantic is not None:
+            self.semantic.attach(tokenizer)
+
+    def forward(
+        self, tokenizer: Tokenizer, images: Tensor, step: int, batch: Mapping[str, Any] | None = None
+    ) -> ObjectiveOutput:
+        batch = {} if batch is None else batch
+        target = as_pixels(batch["target"]) if "target" in batch else images
+        output = tokenizer(images, **self._context(batch))
+        loss = self.pixel(output.decoded, target)
         terms = {"pixel": loss.detach()}
-        if self.perceptual is not None and step >= self.perceptual.start_step:
-            perceptual = self.perceptual(output.decoded, images)
-            terms["lpips"] = perceptual.detach()
-            loss = loss + self.perceptual.weight * perceptual
-        weights = self._weights(tokenizer, output.losses, step)
-        for name, value in output.losses.items():
-            terms[name] = value.detach()
-            if weights[name]:
-                loss = loss + weights[name] * value
-        return ObjectiveOutput(loss, output, terms, output.decoded)
+        for term in self.perceptual:
+            if term.active(step):
+                value = term(output.decoded, target)
+                terms[term.name] = value.detach()
+                loss = loss + term.weight * value
+        total = loss + quantizer_loss(output.losses, tokenizer.default_loss_weights, self.quantizer_weights, step)
+        terms |= {name: value.detach() for name, value in output.losses.items()}
+        if self.semantic is not None:
+            total = total + self._semantic_loss(target, batch.get("index"), step, terms)
+        if self.adversarial is not None and torch.is_grad_enabled():
+            total = total + self._adversarial_loss(tokenizer, output.decoded, target, loss, step, terms)
+        return ObjectiveOutput(total, output, terms, output.decoded, target)
 
-    def _weights(self, tokenizer: Tokenizer, losses: dict[str, Tensor], step: int) -> dict[str, float]:
-        weights = {**tokenizer.default_loss_weights, **self.quantizer_weights}
-        weights = {name: value.at(step) if isinstance(value, Ramp) else value for name, value in weights.items()}
-        unknown = sorted(set(self.quantizer_weights) - set(losses))
-        if unknown:
-            raise ValueError(f"quantizer_weights names {unknown}; this tokenizer's losses are {sorted(losses)}")
-        missing = sorted(set(losses) - set(weights))
-        if missing:
-            raise ValueError(f"quantizer_weights needs a weight for {missing} (0 turns a loss off)")
-        return weights
+    def _context(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        if self.text_encoder is None:
+            return {}
+        if "text" not in batch:
+            raise ValueError("text_encoder needs captions: give data.train (and data.val) a source with text")
+        return {"context": self.text_encoder(batch["text"])}
+
+    def _semantic_loss(self, target: Tensor, index: Tensor | None, step: int, terms: dict[str, Tensor]) -> Tensor:
+        """Weighted alignment, whose value joins ``terms``; 0, but in the graph, before the start."""
+        if not self.semantic.active(step):
+            return self.semantic.hold()
+        value = self.semantic(target, index)
+        terms[self.semantic.name] = value.detach()
+        return self.semantic.weight * value
+
+    def _adversarial_loss(
+        self,
+        tokenizer: Tokenizer,
+        reconstruction: Tensor,
+        target: Tensor,
+        reference: Tensor,
+        step: int,
+        terms: dict[str, Tensor],
+    ) -> Tensor:
+        """Loss of generator and discriminator, whose values join ``terms``; 0, but in the graph, before the start."""
+        if not self.adversarial.active(step):
+            return self.adversarial.hold()
+        last_layer = getattr(getattr(tokenizer, "decoder", None), "last_layer", None)
+        result = self.adversarial(reconstruction, target, step, reference=reference, last_layer=last_layer)
+        terms |= result.terms
+        return result.loss
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    """uint8 images, already on the device, to float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255)

@@ -132,7 +132,7 @@ from vistok.cli.main import main
 heavy = ("torch", "lightning", "pytorch_lightning", "huggingface_hub")
 loaded = lambda: [name for name in heavy if name in sys.modules]
 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    for words in (["--version"], ["--help"], ["encode", "--help"], ["decode"], ["encod"], ["export", "x", "--wrong"]):
+    for words in (["--version"], ["--help"], ["models"], ["encode", "--help"], ["decode"], ["x"], ["info", "--wrong"]):
         main(words)
         assert not loaded(), (words, loaded())
 tokenizer, photos, out = sys.argv[1:]

@@ -76,6 +76,26 @@ def test_a_batch_is_uint8_images_labels_keys_and_skipped():
     assert batch["image"].dtype == torch.uint8 and batch["image"].shape == (4, 3, 8, 8)
     assert batch["label"].dtype == torch.int64
     assert batch["label"].tolist() == [int(key) % 3 for key in batch["key"]] and batch["skipped"] == []
+    assert batch["index"].dtype == torch.int64 and batch["index"].tolist() == [int(key) for key in batch["key"]]
+    assert set(batch) == {"image", "label", "key", "index", "skipped"}
+
+
+class Described(Numbered):
+    """With a caption and a target: the negative of the image."""
+
+    has_text, has_target = True, True
+
+    def read(self, index: int) -> Sample:
+        return super().read(index)._replace(text=f"number {index}", target=255 - self.images[index])
+
+
+@pytest.mark.parametrize("make", ["training", "evaluation"])
+def test_captions_and_targets_come_from_sources_that_have_them(make):
+    source = Described(9, bad=(2, 3, 4, 5))
+    for batch in training_loader(source) if make == "training" else evaluation_loader(source):
+        assert batch["text"] == [f"number {key}" for key in batch["key"]]
+        assert batch["target"].dtype == torch.uint8 and batch["target"].shape == batch["image"].shape
+        assert (batch["target"].int() + batch["image"].int() - 255).abs().max() <= 1  # the same window, up to rounding
 
 
 def test_training_epochs_have_full_batches_of_distinct_samples_in_a_new_order_each():
@@ -267,6 +287,7 @@ def test_a_bad_training_sample_is_replaced_named_and_counted(workers, caplog):
         for _ in range(2):
             batches = list(loader)
             assert [len(batch["key"]) for batch in batches] == [4, 4, 4]
+            assert keys(batches) == [str(i) for batch in batches for i in batch["index"].tolist()], "not those read"
             assert Counter(keys(batches)) == Counter([*map(str, (0, 1, 2, 5, 6, 7, 8, 10, 11)), "5", "5", "10"])
     assert loader.skipped == {"numbered/3: spoilt": 2, "numbered/4: spoilt": 4, "numbered/9: spoilt": 2}
     assert sorted(caplog.messages) == [f"skipped numbered/{i}: spoilt" for i in (3, 4, 9)], "each is logged once"

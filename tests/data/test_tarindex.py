@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from webdataset.tariterators import tarfile_samples
 
+from vistok.data import tarindex
 from vistok.data.tarindex import ShardError, load_index, save_index, scan_tar
 
 ODD_MEMBERS = [
@@ -30,19 +31,21 @@ ODD_MEMBERS = [
     ("both.png", b"p"),
     ("both.jpg", b"j"),
     ("ünï" * 60 + ".jpg", b"long name"),
+    ("captioned.txt", "über".encode()),
+    ("captioned.jpg", b"q"),
+    ("captioned.cls", b"5"),
     ("plain.jpg", b"the same key again is another sample"),
 ]
 
 
-def content(path, index) -> list[tuple[str, bytes, bytes | None]]:
+def content(path, index) -> list[tuple[str, bytes, bytes | None, bytes | None]]:
     data = path.read_bytes()
-    rows = []
-    for row in range(len(index)):
-        (start, size), (label, label_size) = index.images[row], index.labels[row]
-        rows.append(
-            (index.key(row), data[start : start + size], data[label : label + label_size] if label >= 0 else None)
-        )
-    return rows
+
+    def member(place) -> bytes | None:
+        return data[place[0] : place[0] + place[1]] if place[0] >= 0 else None
+
+    parts = (index.images, index.labels, index.texts)
+    return [(index.key(row), *(member(part[row]) for part in parts)) for row in range(len(index))]
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -61,7 +64,7 @@ def test_keys_and_bytes_agree_with_webdatasets_reader(tmp_path, format):
     for sample in tarfile_samples([{"url": str(path)}]):
         image = next((sample[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in sample), None)
         if image is not None:
-            expected.append((sample["__key__"], image, sample.get("cls")))
+            expected.append((sample["__key__"], image, sample.get("cls"), sample.get("txt")))
     index = scan_tar(path)
     assert content(path, index) == expected and len(expected) >= 7
     assert index.without_image == 2 and index.examples == ("two", "text_only")
@@ -121,6 +124,15 @@ def test_an_index_comes_back_from_its_file_only_for_the_same_stamp(tmp_path, mak
         *(index.size, index.problem, index.without_image, index.examples),
     )
     assert load_index(path, "other stamp") is None
+
+
+def test_an_index_of_an_earlier_format_is_made_anew(tmp_path, make_tar, monkeypatch):
+    path = tmp_path / "shard.index"
+    monkeypatch.setattr(tarindex, "_FORMAT", 1)
+    save_index(scan_tar(make_tar(tmp_path / "a.tar", [("a.jpg", b"x")])), path, "stamp")
+    assert load_index(path, "stamp") is not None
+    monkeypatch.undo()
+    assert load_index(path, "stamp") is None
 
 
 def test_a_damaged_index_is_not_believed(tmp_path, make_tar):

@@ -107,6 +107,15 @@ def test_labels_are_read_and_a_false_one_is_named(tmp_path, picture, make_tar):
         source.read(2)
 
 
+def test_captions_are_read_only_if_wanted(tmp_path, picture, make_tar):
+    members = [("a.jpg", picture()), ("a.txt", " Ein Bär \n".encode()), ("b.jpg", picture()), ("c.txt", b"\xff!")]
+    path = str(make_tar(tmp_path / "a.tar", [*members, ("c.jpg", picture())]))
+    source = WebDataset(path, text=True)
+    assert source.has_text and [source.read(i).text for i in range(3)] == ["Ein Bär", "", "\ufffd!"]
+    source = WebDataset(path)
+    assert not source.has_text and [source.read(i).text for i in range(3)] == ["", "", ""]
+
+
 def test_an_index_out_of_range_is_refused(tmp_path, make_shards):
     with pytest.raises(IndexError, match="between 0 and 1; got 2"):
         WebDataset(make_shards(tmp_path, [2])).read(2)

@@ -101,16 +101,18 @@ def test_titok_heads_are_published_or_given(name, tmp_path):
         vistok.load(tmp_path / "copy", heads=3)
 
 
-def test_unknown_families_and_two_stage_models_are_refused(tmp_path):
+def test_unknown_families_missing_weights_and_short_configs_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"anything": 1}))
     with pytest.raises(ValueError, match=r"known family .*TiTok.*anything"):
         load_published(tmp_path)
-    model = {"num_latent_tokens": 32, "codebook_size": 4096, "token_size": 12}
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"vq_model": model}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"vq_model": {"num_latent_tokens": 32}}}))
     with pytest.raises(FileNotFoundError, match="no weights"):
         load_published(tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="two-stage"):
+    with pytest.raises(ValueError, match="vit_enc_model_size"):
+        load_published(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"params": {"ddconfig": {}}}}))
+    with pytest.raises(ValueError, match="model.safetensors: config or weights lack what this family has: KeyError"):
         load_published(tmp_path)
 
 

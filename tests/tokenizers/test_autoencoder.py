@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vistok import VQGAN, AutoencoderTokenizer, TiTok, Tokens, VectorQuantizer
+from vistok import VQGAN, AutoencoderTokenizer, TailTokenDrop, TiTok, Tokens, VectorQuantizer
 from vistok.decoders.cnn import CNNDecoder
 from vistok.encoders.cnn import CNNEncoder
 from vistok.layers.conv import Downsample
@@ -182,9 +182,9 @@ class Scale(Regularizer):
         super().__init__()
         self.factor = factor
 
-    def forward(self, quantized, indices):
+    def forward(self, quantized, indices, mask):
         assert indices.shape[:2] == quantized.shape[:2]
-        return self.factor * quantized
+        return self.factor * quantized, mask
 
 
 def test_regularizers_act_in_training_only_and_in_order():
@@ -196,6 +196,18 @@ def test_regularizers_act_in_training_only_and_in_order():
     assert tokenizer.config["init_args"]["regularizers"][1]["init_args"] == {"factor": 3.0}
 
 
+def test_a_regularizer_sees_what_the_one_before_it_left():
+    torch.manual_seed(0)
+    x = images(24, 16, batch=64)
+    once = titok(regularizers=[TailTokenDrop("sample")]).train()(x).mask.sum(1)
+    twice = titok(regularizers=[TailTokenDrop("sample"), TailTokenDrop("sample")]).train()(x).mask.sum(1)
+    assert twice.float().mean() < once.float().mean() - 0.3  # the smaller of two draws
+    tokenizer = titok(regularizers=[TailTokenDrop("batch"), Scale(1.0), TailTokenDrop("sample")]).train()
+    cuts = [tokenizer(x) for _ in range(5)]
+    assert min(output.quantized.shape[1] for output in cuts) < 5
+    assert all(output.mask.shape == output.quantized.shape[:2] for output in cuts)
+
+
 def test_parts_of_other_dimensions_are_joined_by_projections():
     encoder, decoder = (
         CNNEncoder(32, (1, 1), 1, out_dim=8),
@@ -204,6 +216,8 @@ def test_parts_of_other_dimensions_are_joined_by_projections():
     tokenizer = AutoencoderTokenizer(encoder, VectorQuantizer(16, 4), decoder, image_size=16).eval()
     assert tokenizer.to_quantizer.weight.shape == (4, 8) and tokenizer.from_quantizer.weight.shape == (6, 4)
     assert tokenizer(images(16, 16)).decoded.shape == (2, 3, 16, 16)
+    tokenizer.bfloat16()
+    assert tokenizer.decode(tokenizer.encode(images(16, 16))).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="image_size is needed"):
         AutoencoderTokenizer(encoder, VectorQuantizer(16, 4), decoder)
 

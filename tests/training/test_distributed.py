@@ -51,6 +51,14 @@ def launch(tmp_path, name, *overrides, launcher=()):
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2"]
 NO_RESTART = ["--model.tokenizer.quantizer.restart_after", "null"]
+ADVERSARIAL = [  # starts late: under plain ddp, without find_unused_parameters, before the start and after it
+    "--model.objective.adversarial=vistok.losses.adversarial.AdversarialLoss",
+    "--model.objective.adversarial.discriminator=vistok.losses.blur_discriminator.BlurDiscriminator",
+    "--model.objective.adversarial.discriminator.channels=32",
+    "--model.objective.adversarial.discriminator.num_stages=1",
+    "--model.objective.adversarial.start_step=3",
+    "--model.freeze=[encoder.patchify]",
+]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -62,10 +70,11 @@ def test_ranks_stay_equal_while_codes_move_between_them(tmp_path):
 
 @pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_two_processes_equal_one_at_the_same_global_batch(tmp_path, start_method):
-    """Under Lightning's own launcher and with workers, where a rank looked up inside a worker is wrong."""
+    """Under Lightning's own launcher, with workers (where a rank looked up inside one is wrong), a discriminator that
+    starts late, and frozen parts."""
     workers = ["--data.num_workers", "1", "--data.multiprocessing_context", start_method]
-    (first, second), _ = launch(tmp_path, "two", *TWO, *NO_RESTART, *workers)
-    (single,), _ = launch(tmp_path, "one", *NO_RESTART)
+    (first, second), _ = launch(tmp_path, "two", *TWO, *NO_RESTART, *workers, *ADVERSARIAL)
+    (single,), _ = launch(tmp_path, "one", *NO_RESTART, *ADVERSARIAL)
     assert not runs.differences(first, second)
     runs.assert_close(first, single)
 

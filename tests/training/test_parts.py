@@ -9,7 +9,6 @@ from torch import nn
 from vistok import VQGAN, TiTok, VectorQuantizer
 from vistok.eval.codebook import codebook_statistics
 from vistok.eval.reconstruction import psnr
-from vistok.losses.pixel import PixelLoss
 from vistok.training.ema import ema_copy, ema_decay, ema_update
 from vistok.training.objectives import ReconstructionObjective
 from vistok.training.optimization import Optimization, parameter_groups
@@ -84,15 +83,6 @@ def test_average_ramps_up_and_follows_the_closed_form():
         assert torch.allclose(average.weight, expected)
         assert torch.equal(average.running_mean, model.running_mean)
         assert torch.equal(average.num_batches_tracked, model.num_batches_tracked)
-
-
-def test_pixel_loss_mixes_absolute_and_squared_error():
-    x, y = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    expected = 0.5 * (x - y).abs().mean() + 2.0 * ((x - y) ** 2).mean()
-    assert torch.allclose(PixelLoss(0.5, 2.0)(x, y), expected)
-    assert PixelLoss()(x.bfloat16(), y).dtype == torch.float32
-    with pytest.raises(ValueError, match="l1=0.0, l2=0.0"):
-        PixelLoss(0.0, 0.0)
 
 
 def test_objective_is_the_weighted_sum_of_its_terms():
