@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.conv import Level, Middle, Upsample, group_norm
+from ..layers.layout import DeviceLayout, in_device_layout
 from .base import Decoder
 
 
-class CNNDecoder(Decoder):
-    """The encoder's mirror image, with one residual block more per level. Activations run channels-last.
+class CNNDecoder(DeviceLayout, Decoder):
+    """The encoder's mirror image, with one residual block more per level. Activations lie as their device likes.
 
     Args:
         channels: channels of the level of full resolution, a multiple of 32.
@@ -24,8 +24,6 @@ class CNNDecoder(Decoder):
         middle_attention: attention between the two residual blocks of the middle.
         dropout: dropout inside the residual blocks.
     """
-
-    channels_last = True
 
     def __init__(
         self,
@@ -58,7 +56,6 @@ class CNNDecoder(Decoder):
         )
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -79,7 +76,7 @@ class CNNDecoder(Decoder):
 
 
 def latent_map(latents: Tensor, grid: tuple[int, int] | None) -> Tensor:
-    """Latents ``(B, N, D)`` in raster order as a map ``(B, D, h, w)``, channels-last in memory.
+    """Latents ``(B, N, D)`` in raster order as a map ``(B, D, h, w)``, in the layout of the device.
 
     Raises:
         ValueError: unless ``grid`` is ``(h, w)`` with ``h * w = N``.
@@ -87,4 +84,4 @@ def latent_map(latents: Tensor, grid: tuple[int, int] | None) -> Tensor:
     if grid is None or grid[0] * grid[1] != latents.shape[1]:
         raise ValueError(f"a grid decoder needs the (h, w) of its {latents.shape[1]} latents; got grid={grid}")
     x = latents.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
-    return x.contiguous(memory_format=torch.channels_last)
+    return in_device_layout(x)

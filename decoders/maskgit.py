@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.conv import Upsample, group_norm
+from ..layers.layout import DeviceLayout
 from ..layers.maskgit import MaskGITLevel
 from .base import Decoder
 from .cnn import latent_map
 
 
-class MaskGITDecoder(Decoder):
-    """The encoder's mirror image, with as many blocks per level. Activations run channels-last.
+class MaskGITDecoder(DeviceLayout, Decoder):
+    """The encoder's mirror image, with as many blocks per level. Activations lie as their device likes.
 
     Args:
         channels: channels of the level of full resolution, a multiple of 32.
@@ -28,8 +28,6 @@ class MaskGITDecoder(Decoder):
         in_dim: D of the latents.
         shortcut_of: see :class:`~vistok.layers.maskgit.MaskGITBlock`; the published weights need ``output``.
     """
-
-    channels_last = True
 
     def __init__(
         self,
@@ -57,7 +55,6 @@ class MaskGITDecoder(Decoder):
         )
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
 
     @property
     def last_layer(self) -> nn.Parameter:

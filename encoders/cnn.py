@@ -1,21 +1,21 @@
 """Convolutional grid encoder of VQGAN (taming-transformers, arXiv:2012.09841; LlamaGen, arXiv:2406.06525).
 
-Any image whose sides are divisible by the stride becomes a grid of latents. Activations run channels-last.
+Any image whose sides are divisible by the stride becomes a grid of latents. Activations lie as their device likes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.conv import Downsample, Level, Middle, group_norm
+from ..layers.layout import DeviceLayout, in_device_layout
 from .base import Encoder
 
 
-class CNNEncoder(Encoder):
+class CNNEncoder(DeviceLayout, Encoder):
     """Residual blocks, one downsampling less than there are levels.
 
     Args:
@@ -27,8 +27,6 @@ class CNNEncoder(Encoder):
         middle_attention: attention between the two residual blocks of the middle.
         dropout: dropout inside the residual blocks.
     """
-
-    channels_last = True
 
     def __init__(
         self,
@@ -61,7 +59,6 @@ class CNNEncoder(Encoder):
         self.middle = Middle(widths[-1], middle_attention, dropout)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], out_dim, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return (image_size[0] // self.stride, image_size[1] // self.stride)
@@ -71,7 +68,7 @@ class CNNEncoder(Encoder):
         return height * width
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(in_device_layout(images))
         for level in self.levels:
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(self.middle(x))))  # (B, D, h, w)

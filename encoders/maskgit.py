@@ -1,6 +1,6 @@
 """Convolutional grid encoder of MaskGIT's VQGAN (arXiv:2202.04200).
 
-Any image whose sides are divisible by the stride becomes a grid of latents. Activations run channels-last.
+Any image whose sides are divisible by the stride becomes a grid of latents. Activations lie as their device likes.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.conv import group_norm
+from ..layers.layout import DeviceLayout, in_device_layout
 from ..layers.maskgit import MaskGITLevel
 from .base import Encoder
 
 
-class MaskGITEncoder(Encoder):
+class MaskGITEncoder(DeviceLayout, Encoder):
     """Residual blocks without attention, average pooling between the levels.
 
     Args:
@@ -27,8 +27,6 @@ class MaskGITEncoder(Encoder):
         out_dim: D of the latents.
         shortcut_of: see :class:`~vistok.layers.maskgit.MaskGITBlock`; the published weights need ``output``.
     """
-
-    channels_last = True
 
     def __init__(
         self,
@@ -57,7 +55,6 @@ class MaskGITEncoder(Encoder):
         self.middle = MaskGITLevel(widths[-1], widths[-1], num_blocks)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], out_dim, 1)
-        self.to(memory_format=torch.channels_last)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         return (image_size[0] // self.stride, image_size[1] // self.stride)
@@ -67,7 +64,7 @@ class MaskGITEncoder(Encoder):
         return height * width
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(in_device_layout(images))
         for level in self.levels:
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(self.middle(x))))  # (B, D, h, w)

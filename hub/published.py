@@ -91,7 +91,6 @@ def load_published(
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{weights}: config or weights lack what this family has: {error!r}") from error
     _fill(tokenizer, state, weights)
-    tokenizer.after_load()
     return tokenizer.eval()
 
 

@@ -59,8 +59,6 @@ def fill_weights(module: Configurable, weights: dict[str, Tensor], file: Path) -
         loaded[key] = nn.Parameter(tensor, target.requires_grad) if isinstance(target, nn.Parameter) else tensor
     module.load_state_dict({name: loaded[id(tensor)] for name, tensor in own.items()}, strict=True, assign=True)
     _fill_constants(module)
-    if hasattr(module, "after_load"):
-        module.after_load()
 
 
 def _fill_constants(module: Configurable) -> None:

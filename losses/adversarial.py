@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,31 +134,54 @@ class AdversarialLoss(LossTerm):
             raise ValueError(f"reconstructions and images must have the same shape; got {shapes}")
         if not self.active(step):
             return AdversarialOutput(self.hold())
-        training = torch.is_grad_enabled()
         fake, real = reconstructions.float(), images.detach().float()
-        # The order of the passes is that of the alternating loop: running statistics see fake, real, fake.
+        # Running statistics see fake, real, fake, as in the alternating loop. Where there are none the discriminator's
+        # side comes first: its graph is gone before the generator's is built.
+        if self.discriminator.batch_statistics:
+            side, terms = self._generator_side(fake, reference, last_layer)
+            loss, others = self._discriminator_side(real, fake.detach(), step)
+        else:
+            loss, others = self._discriminator_side(real, fake.detach(), step)
+            side, terms = self._generator_side(fake, reference, last_layer)
+        terms = {name: value.detach() for name, value in (terms | others).items()}
+        return AdversarialOutput(side + loss, terms)
+
+    def _generator_side(
+        self, fake: Tensor, reference: Tensor | None, last_layer: nn.Parameter | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of the generator, and its terms."""
         with frozen_parameters(self.discriminator):
             generator = generator_loss(self._logits(fake), self.loss)
-        logits_real, logits_fake = self._logits_of_both(real, fake.detach())
+        terms, side = {"generator": generator}, self.weight * generator
+        if self.adaptive and torch.is_grad_enabled():
+            terms["adaptive_weight"] = self._adaptive_weight(reference, generator, last_layer)
+            side = terms["adaptive_weight"] * side
+        return side, terms
+
+    def _discriminator_side(self, real: Tensor, fake: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of the discriminator, and its terms.
+
+        Its gradient is computed here and now, and what is returned has the loss's value and that gradient, but not its
+        graph: the activations of both batches are not kept while the tokenizer's backward pass runs.
+        """
+        logits_real, logits_fake = self._logits_of_both(real, fake)
         discriminator = discriminator_loss(logits_real, logits_fake, self.loss)
         terms = {
-            "generator": generator,
             "discriminator": discriminator,
             "logits_real": logits_real.mean(),
             "logits_fake": logits_fake.mean(),
         }
-        side = self.weight * generator
-        if self.adaptive and training:
-            terms["adaptive_weight"] = self._adaptive_weight(reference, generator, last_layer)
-            side = terms["adaptive_weight"] * side
-        loss = side + self.discriminator_weight * discriminator
+        loss = self.discriminator_weight * discriminator
         if self.lecam is not None:
             terms["lecam"] = self.lecam(logits_real, logits_fake, step)
             loss = loss + self.lecam_weight * terms["lecam"]
-        if self.r1_weight and training and step % self.r1_every == 0:
+        if not torch.is_grad_enabled():
+            return loss, terms
+        if self.r1_weight and step % self.r1_every == 0:
             terms["r1"] = self._gradient_penalty(real)
             loss = loss + 0.5 * self.r1_weight * self.r1_every * terms["r1"]
-        return AdversarialOutput(loss, {name: value.detach() for name, value in terms.items()})
+        parameters = [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
+        return _GivenGradient.apply(loss.detach(), torch.autograd.grad(loss, parameters), *parameters), terms
 
     def _logits(self, images: Tensor) -> Tensor:
         if self.augment is not None:
@@ -188,6 +212,19 @@ class AdversarialLoss(LossTerm):
             logits = self.discriminator.forward(augmented).flatten(1)  # (B, L)
             (gradient,) = torch.autograd.grad(logits.mean(1).sum(), images, create_graph=True)
         return gradient.square().sum((1, 2, 3)).mean()
+
+
+class _GivenGradient(torch.autograd.Function):
+    """A value whose gradient with respect to some parameters is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *torch._foreach_mul(ctx.gradients, factor)
 
 
 @contextmanager

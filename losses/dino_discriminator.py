@@ -9,7 +9,6 @@ readout, a 1D convolution network over the raster sequence, gives a logit per pa
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from ..layers.frozen import Frozen
 from .discriminator import Discriminator
+from .vision_transformers import vision_transformer
 
 
 class DINODiscriminator(Discriminator):
@@ -28,8 +28,7 @@ class DINODiscriminator(Discriminator):
 
     Args:
         backbone: timm name of the vision transformer.
-        weights: its weights with timm's key names (which DINO's own files share), safetensors or a pickle of tensors;
-            timm's download if ``None``.
+        weights: file of its weights, safetensors or a pickle of tensors; timm's download if ``None``.
         readouts: blocks whose outputs get a head, besides the patch embedding.
         kernel_size: of the residual convolution in a head, odd.
         virtual_batch: images that share the statistics of a batch norm.
@@ -58,7 +57,9 @@ class DINODiscriminator(Discriminator):
                 f"needs an odd kernel_size, virtual_batch >= 1 and crop_probability in [0, 1]; "
                 f"got {kernel_size}, {virtual_batch} and {crop_probability}"
             )
-        trunk = _load_trunk(backbone, weights)
+        trunk = vision_transformer(backbone, weights)
+        if getattr(trunk, "cls_token", None) is None:
+            raise ValueError(f"backbone must be a vision transformer with a class token; {backbone!r} is not")
         depth = len(trunk.blocks)
         if not readouts or sorted(set(readouts)) != list(readouts) or not 0 <= readouts[0] <= readouts[-1] < depth:
             raise ValueError(f"readouts must rise within 0 and {depth - 1} ({backbone}); got {tuple(readouts)}")
@@ -155,47 +156,3 @@ def _block(channels: int, kernel_size: int, virtual_batch: int) -> nn.Sequential
 
 def _add_class_token(tokens: Tensor, num_prefix: int) -> Tensor:
     return tokens[:, num_prefix:] + tokens[:, :1]  # (B, P, C)
-
-
-def _load_trunk(backbone: str, path: str | None) -> nn.Module:
-    import timm
-    from timm.models.vision_transformer import VisionTransformer
-
-    if not timm.is_model(backbone):
-        raise ValueError(
-            f"backbone must be a vision transformer of timm, such as vit_small_patch16_224.dino; got {backbone!r}"
-        )
-    remedy = (
-        f"fetch model.safetensors of https://huggingface.co/timm/{backbone} on a machine with internet access "
-        "and give its path as weights"
-    )
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"weights: there is no file {path!r}; {remedy}")
-    try:
-        trunk = timm.create_model(backbone, pretrained=path is None, num_classes=0)
-    except RuntimeError as error:  # timm's answer to a name without weights
-        raise ValueError(f"backbone {backbone!r} cannot be built ({error})") from error
-    except OSError as error:
-        raise FileNotFoundError(f"{backbone} cannot be downloaded ({error}); {remedy}") from error
-    if not isinstance(trunk, VisionTransformer) or trunk.cls_token is None:
-        raise ValueError(f"backbone must be a vision transformer with a class token; {backbone!r} is not")
-    if path is not None:
-        _load_weights(trunk, Path(path), backbone)
-    return trunk
-
-
-def _load_weights(trunk: nn.Module, file: Path, backbone: str) -> None:
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"weights: {file} is not a readable weights file ({error})") from error
-    own = trunk.state_dict()
-    unfit = [name for name in own if not isinstance(state.get(name), Tensor) or state[name].shape != own[name].shape]
-    if unfit:
-        raise ValueError(f"weights: {file} does not hold {backbone}: {unfit[0]} does not fit")
-    trunk.load_state_dict({name: state[name] for name in own})

@@ -8,9 +8,7 @@ transformers of timm (CLIP, SigLIP, DINOv2 with registers, ...) differ in their 
 from __future__ import annotations
 
 import hashlib
-import sys
 from abc import abstractmethod
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.frozen import Frozen
+from .vision_transformers import vision_transformer
 
 
 class Teacher(nn.Module):
@@ -76,7 +75,7 @@ class TimmTeacher(Teacher):
             raise ValueError(f"precision must be 'bfloat16' or 'float32'; got {precision!r}")
         self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         self.model, self.resize, self.antialias, self.precision = model, resize, antialias, precision
-        network = _vision_transformer(model, weights, self.image_size)
+        network = vision_transformer(model, weights, self.image_size)
         self.dim = network.num_features
         self.grid = tuple(network.patch_embed.grid_size)
         self.prefix = network.num_prefix_tokens
@@ -112,81 +111,3 @@ class TimmTeacher(Teacher):
             "antialias": self.antialias,
             "precision": self.precision,
         }
-
-
-def _vision_transformer(model: str, weights: str | None, image_size: tuple[int, int]) -> nn.Module:
-    import timm
-
-    if not timm.is_model(model):
-        name = model.split(".")[0]
-        close = timm.list_models(f"*{name.split('_')[-1]}*")[:5] or timm.list_models("vit_*dinov2*")
-        raise ValueError(f"model {model!r} is not in timm {timm.__version__}; there are {', '.join(close)} ...")
-    options = {"num_classes": 0, "img_size": image_size}
-    if weights is None:
-        network = _downloaded(model, options)
-    else:
-        network = _created(model, options)
-        _load(network, model, weights)
-    if not hasattr(network, "forward_features") or not hasattr(network, "num_prefix_tokens"):
-        raise ValueError(f"model {model!r} is a {type(network).__name__}; a teacher must be a vision transformer")
-    return network
-
-
-def _created(model: str, options: dict, pretrained: bool = False) -> nn.Module:
-    import timm
-
-    try:
-        return timm.create_model(model, pretrained=pretrained, **options)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise ValueError(f"timm cannot build {model!r} for images of {options['img_size']}: {error}") from error
-
-
-def _downloaded(model: str, options: dict) -> nn.Module:
-    try:
-        return _created(model, options, pretrained=True)
-    except ValueError:
-        raise
-    except Exception as error:  # a hub client fails with many types: connection, HTTP, missing entry, cache
-        message = f"the weights of the teacher {model!r} cannot be downloaded ({error}); {_remedy(model)}"
-        raise FileNotFoundError(message) from error
-
-
-def _load(network: nn.Module, model: str, path: str) -> None:
-    """Load a weights file, with timm's translation of key names and positions."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"weights: there is no file {path!r}; {_remedy(model)}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"weights: {path} is not a readable weights file ({error}); {_remedy(model)}") from error
-    translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    try:
-        state = translate(state, network) if translate is not None else state
-        # Heads and projections of the file have no place here; what the network has must all be there.
-        missing = network.load_state_dict(state, strict=False).missing_keys
-    except Exception as error:  # whatever a translation stumbles over in a foreign file
-        raise ValueError(f"weights: {path} does not fit {model!r} ({error}); {_remedy(model)}") from error
-    if missing:
-        raise ValueError(
-            f"weights: {path} lacks {missing[0]!r} of {model!r} ({len(missing)} missing); {_remedy(model)}"
-        )
-
-
-def _remedy(model: str) -> str:
-    import timm
-
-    config = timm.get_pretrained_cfg(model)
-    places = []
-    if config is not None and config.hf_hub_id:
-        places.append(f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors")
-    if config is not None and config.url:
-        places.append(config.url)
-    if not places:
-        return f"timm publishes no weights for {model!r}; give the path of a file as weights"
-    return f"fetch {' or '.join(places)} on a machine with internet access and give its path as weights"

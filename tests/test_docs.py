@@ -12,6 +12,7 @@ import yaml
 import vistok
 from vistok import TiTok, VectorQuantizer
 from vistok.cli.main import COMMANDS, TRAINING
+from vistok.hub.catalog import CATALOG
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -80,11 +81,14 @@ def test_the_python_snippet_runs(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "runs" / "quickstart" / "export")
     monkeypatch.chdir(tmp_path)
     images = torch.rand(2, 3, 16, 16)
-    (snippet,) = blocks("python")
+    snippet, published = blocks("python")
     names = {"images": images}
     exec(snippet, names)  # noqa: S102 -- the README's own text
     assert names["ids"].shape == (2, 3)
     assert torch.equal(names["images"], tokenizer.decode(tokenizer.encode(images)))
+    named = re.findall(r'load\("([^"]+)"', published)
+    known = {model.name for model in CATALOG} | {model.source for model in CATALOG} | {"fun-research/TiTok"}
+    assert len(named) == 3 and set(named) <= known
 
 
 def test_the_architecture_page_names_every_room():

@@ -311,9 +311,6 @@ class Tokenizer(Configurable):
     def commit_update(self) -> None:
         """Called once after every optimizer step; see :meth:`~vistok.quantizers.base.Quantizer.commit_update`."""
 
-    def after_load(self) -> None:
-        """Called once loaded weights are in place, for parts that keep them in a memory layout of their own."""
-
     @abstractmethod
     def encode(self, images: Tensor) -> Tokens:
         """Tokens of images ``(B, 3, H, W)`` float in [0, 1]: deterministic, without gradient."""

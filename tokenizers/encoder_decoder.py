@@ -105,11 +105,6 @@ class EncoderDecoderTokenizer(Tokenizer):
         latents = latents.to(weight_dtype(self.decoder, latents.dtype))
         return (self.decoder(latents, grid, **given) - low) / (high - low)
 
-    def after_load(self) -> None:
-        for part in self.modules():
-            if getattr(part, "channels_last", False):
-                part.to(memory_format=torch.channels_last)
-
 
 def weight_dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
     """What a module computes in: a bottleneck may hand on float32 in a tokenizer that was cast to bfloat16."""

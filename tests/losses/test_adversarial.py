@@ -1,6 +1,7 @@
 """The adversarial term: whose gradient goes where, the alternating loop bit for bit, start, R1, adaptive weight."""
 
 import importlib.util
+import weakref
 from copy import deepcopy
 from pathlib import Path
 
@@ -452,3 +453,14 @@ def test_impossible_options_are_refused():
     fakes, images = pair()
     with pytest.raises(ValueError, match=r"same shape; got \(4, 3, 16, 16\) and \(2, 3, 16, 16\)"):
         AdversarialLoss(Affine())(fakes, images[:2], 0)
+
+
+def test_the_activations_of_the_discriminators_side_are_gone_before_the_backward_pass():
+    critic = BlurDiscriminator(channels=32, num_stages=1)
+    term, alive = AdversarialLoss(critic), []
+    critic.stem.register_forward_hook(lambda module, inputs, output: alive.append((len(output), weakref.ref(output))))
+    reconstructions = torch.rand(3, 3, 16, 16, requires_grad=True)
+    output = term(reconstructions, torch.rand(3, 3, 16, 16), 0)
+    assert [(batch, reference() is None) for batch, reference in alive] == [(6, True), (3, False)]
+    output.loss.backward()
+    assert critic.stem.weight.grad is not None and reconstructions.grad is not None

@@ -166,17 +166,6 @@ def test_downsampling_pads_right_and_bottom_only():
     assert down(x).flatten().tolist() == [10.0, 0.0, 0.0, 0.0]
 
 
-def test_the_cnn_runs_channels_last():
-    tokenizer, formats = vqgan(), []
-    for module in tokenizer.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(
-                lambda m, i, o: formats.append(o.is_contiguous(memory_format=torch.channels_last))
-            )
-    tokenizer(images(16, 16))
-    assert formats and all(formats)
-
-
 class Scale(Regularizer):
     def __init__(self, factor: float) -> None:
         super().__init__()

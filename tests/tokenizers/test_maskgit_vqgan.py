@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import vistok
-from vistok.layers.conv import group_norm
 from vistok.layers.maskgit import MaskGITBlock
 from vistok.quantizers.vq import VectorQuantizer
 from vistok.tokenizers.maskgit_vqgan import MaskGITVQGAN
@@ -100,32 +99,8 @@ def test_another_codebook_dimension_is_joined_by_projections():
     assert not list(tiny().to_quantizer.parameters())
 
 
-def test_convolutions_run_channels_last_also_after_loading(tmp_path):
-    tiny().save_pretrained(tmp_path / "export")
-    formats = []
-    for tokenizer in (tiny(), vistok.load(tmp_path / "export")):
-        for module in tokenizer.modules():
-            if isinstance(module, (nn.Conv2d, nn.GroupNorm)):
-                module.register_forward_hook(
-                    lambda m, i, o: formats.append(o.is_contiguous(memory_format=torch.channels_last))
-                )
-        tokenizer(images(16, 16))
-    assert formats and all(formats)
-
-
 def test_the_last_layer_makes_the_pixels():
     decoder = tiny().decoder
     assert decoder.last_layer is decoder.conv_out.weight and decoder.last_layer.shape[0] == 3
     cnn = vistok.VQGAN(VectorQuantizer(16, 4), 16, 32, (1, 1), 1).decoder
     assert cnn.last_layer is cnn.conv_out.weight and cnn.last_layer.shape[0] == 3
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_group_norm_is_exact_whatever_the_memory_format(memory_format):
-    norm = group_norm(32)
-    x = (torch.randn(1, 32, 128, 128, generator=torch.Generator().manual_seed(0)) + 10).contiguous(
-        memory_format=memory_format
-    )
-    out = norm(x)
-    assert (out - F.group_norm(x.double(), 32, eps=1e-6)).abs().max() < 1e-5
-    assert out.is_contiguous(memory_format=memory_format)

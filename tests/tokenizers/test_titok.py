@@ -141,7 +141,7 @@ def test_a_mask_decodes_as_each_prefix_alone(make):
     together = tokenizer.decode_latents(latents, mask=mask)
     for i, n in enumerate(lengths.tolist()):
         alone = tokenizer.decode_latents(latents[i : i + 1, :n])
-        assert (together[i] - alone[0]).abs().max() < 1e-5
+        assert (together[i] - alone[0]).abs().max() < 1e-5 * max(1, alone.abs().max())
     assert (together[0] - tokenizer.decode_latents(latents)[0]).abs().max() > 1e-3
 
 
