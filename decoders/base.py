@@ -16,11 +16,13 @@ class Decoder(Configurable):
         in_dim: D of the latents taken.
         takes_mask: whether ``forward`` can leave out positions of a batch, sample by sample.
         takes_context: whether ``forward`` needs conditioning features (text).
+        makes_images: whether ``forward`` works; the first stage of a two-stage recipe only predicts codes.
     """
 
     in_dim: int
     takes_mask: bool = False
     takes_context: bool = False
+    makes_images: bool = True
 
     @abstractmethod
     def forward(

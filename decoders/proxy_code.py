@@ -57,6 +57,10 @@ class ProxyCodeDecoder(LatentViTTrunk):
         self.pixel_decoder = pixel_decoder
 
     @property
+    def makes_images(self) -> bool:
+        return self.pixel_decoder is not None
+
+    @property
     def last_layer(self) -> nn.Parameter | None:
         return None if self.pixel_decoder is None else self.pixel_decoder.last_layer
 

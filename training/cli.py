@@ -154,7 +154,8 @@ class TokenizerCLI(LightningCLI):
             export, metadata={"metrics": finite, "training_step": step}, crop=self.datamodule.val_crop
         )
         samples = self._write_samples(run_dir / "samples") if has_validation else None
-        _report(run_dir, step, metrics, self._grid(), export, samples)
+        decodes = getattr(getattr(self.model.tokenizer, "decoder", None), "makes_images", True)
+        _report(run_dir, step, metrics, self._grid(), export, samples, decodes)
 
     def _grid(self) -> Path | None:
         grids = [callback for callback in self.trainer.callbacks if isinstance(callback, ReconstructionGrids)]
@@ -181,7 +182,13 @@ def _unused_run_dir(run_dir: Path) -> Path:
 
 
 def _report(
-    run_dir: Path, step: int, metrics: dict[str, float], grid: Path | None, export: Path, samples: Path | None
+    run_dir: Path,
+    step: int,
+    metrics: dict[str, float],
+    grid: Path | None,
+    export: Path,
+    samples: Path | None,
+    decodes: bool,
 ) -> None:
     print(f"\nTrained for {step} steps.")
     if "val/psnr" in metrics:
@@ -195,7 +202,10 @@ def _report(
     tokens = run_dir / "tokens.safetensors"
     print("\nNext:")
     print(f"  vistok encode {images} --tokenizer {export} --out {tokens}")
-    print(f"  vistok decode {tokens} --tokenizer {export} --out {run_dir / 'decoded'}\n")
+    if decodes:
+        print(f"  vistok decode {tokens} --tokenizer {export} --out {run_dir / 'decoded'}\n")
+    else:
+        print("  train the next stage: initialize it from this run\n")
 
 
 class UsageError(ValueError):

@@ -29,9 +29,14 @@ def titok(**options):
 
 def fit(module, steps, *, batch_size=4, callbacks=(), folder=None, data=None, **trainer):
     """Train for some optimizer steps; returns the trainer."""
-    options = {"logger": False, "enable_checkpointing": folder is not None, "log_every_n_steps": 10**6, **trainer}
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": folder is not None,
+        "log_every_n_steps": 10**6,
+        **trainer,
+    }
     trainer = pl.Trainer(
-        accelerator="cpu",
         devices=1,
         max_steps=steps,
         enable_progress_bar=False,

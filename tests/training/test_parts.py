@@ -56,6 +56,13 @@ def test_schedule_has_the_published_values():
     assert Optimization(schedule="constant").factor(10**9, math.inf) == 1.0
 
 
+def test_a_warm_up_can_start_above_zero():
+    """GigaTok: from a hundredth of the peak over 5000 steps, then by cosine to a tenth of it at a million."""
+    schedule = Optimization(lr=1e-4, min_lr=1e-5, warmup_steps=5_000, warmup_lr=1e-6)
+    values = [schedule.lr * schedule.factor(step, 1_000_000) for step in (0, 5_000, 502_500, 1_000_000, 1_200_000)]
+    assert values == pytest.approx([1e-6, 1e-4, 5.5e-5, 1e-5, 1e-5])
+
+
 def test_schedule_mistakes_are_named():
     with pytest.raises(ValueError, match="'linear'"):
         Optimization(schedule="linear")

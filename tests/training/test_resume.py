@@ -42,11 +42,21 @@ for args, kill_at in json.loads(sys.argv[1] if len(sys.argv) > 1 else os.environ
 """
 
 
+ADVERSARIAL = [
+    "--model.objective.adversarial=vistok.losses.adversarial.AdversarialLoss",
+    "--model.objective.adversarial.discriminator=vistok.losses.blur_discriminator.BlurDiscriminator",
+    "--model.objective.adversarial.discriminator.channels=32",
+    "--model.objective.adversarial.discriminator.num_stages=1",
+    "--model.objective.adversarial.start_step=4",
+    "--model.objective.adversarial.lecam_weight=0.1",
+    "--model.objective.adversarial.augment=vistok.losses.diff_augment.DiffAugment",
+    "--model.freeze=[encoder.patchify]",
+]
 # Overrides, and the steps at which the run is killed. 6 batches make an epoch. Checkpoints every 4 steps: killed before
 # the first one, right after one, between two, and at the last batch of an epoch.
 SCENARIOS = {
     "plain": ([], [1, 4, 7, 12]),
-    "checkpoint-at-epoch-end": (["--checkpoint.every_n_steps", "6"], [6, 13]),
+    "checkpoint-at-epoch-end": (["--checkpoint.every_n_steps", "6", *ADVERSARIAL], [6, 13]),
     "extended": (["--model.optimizer.schedule", "constant", "--checkpoint.keep", "0"], []),
     "accumulation-and-workers": (
         ["--trainer.accumulate_grad_batches", "2", "--trainer.max_steps", "8", "--data.num_workers", "2"],

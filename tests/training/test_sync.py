@@ -125,3 +125,25 @@ def test_only_logging_steps_wait_for_the_device_or_reduce(tmp_path, update):
         assert (not found) or step in logging, (step, found)
         assert (watched.reductions[step] > 0) == (step in logging)
     assert any(watched.found[step] for step in logging)  # the watch does see what it looks for
+    assert not any(buffer.requires_grad or buffer.grad_fn is not None for buffer in model.buffers())
+
+
+class Forbid(pl.Callback):
+    """Lets CUDA raise on every synchronisation within a step that is not logged."""
+
+    def on_train_batch_start(self, trainer, *_):
+        logging = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        torch.cuda.set_sync_debug_mode("default" if logging else "error")
+
+    def on_train_batch_end(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_cuda_sees_no_synchronisation_outside_logging_steps(tmp_path, precision):
+    tokenizer = small.TiTok(VectorQuantizer(16, 4), 16, 8, 3, encoder_size=(32, 3, 2), decoder_size=(32, 3, 2))
+    model = TokenizerTraining(tokenizer, objective_with_everything(), Optimization(schedule="constant"))
+    options = {"accelerator": "gpu", "precision": precision, "log_every_n_steps": 4, "gradient_clip_val": 1.0}
+    small.fit(model, 12, callbacks=[Forbid()], logger=True, folder=tmp_path, **options)
+    assert int(model.guard.total) == 0
