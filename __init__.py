@@ -25,6 +25,8 @@ _PUBLIC = {
     "OneDPiece": "tokenizers.one_d_piece",
     "ContinuousTiTok": "tokenizers.continuous",
     "GaussianTokenizer": "tokenizers.continuous",
+    "GigaTok": "tokenizers.gigatok",
+    "GigaTok2D": "tokenizers.gigatok",
     "VQGAN": "tokenizers.vqgan",
     "MaskGITVQGAN": "tokenizers.maskgit_vqgan",
     "Quantizer": "quantizers.base",

@@ -5,7 +5,8 @@ beside them are read with the entry's ``config``, written in the authors' own ke
 
 Figures are the authors': rFID on the 50 000 validation images of ImageNet at 256x256. Sources: the READMEs and
 inference configs of bytedance/1d-tokenizer (arXiv:2406.07550, 2501.07730), turingmotors/One-D-Piece-Tokenizer
-(arXiv:2501.10064), FoundationVision/LlamaGen (arXiv:2406.06525) and CompVis/taming-transformers (arXiv:2012.09841).
+(arXiv:2501.10064), SilentView/GigaTok (arXiv:2504.08736), FoundationVision/LlamaGen (arXiv:2406.06525) and
+CompVis/taming-transformers (arXiv:2012.09841).
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class PublishedModel:
         image_size: side in pixels.
         crop: how the authors crop images for it, ``"center"`` or ``"adm"``.
         sha256: of the weights, where known; checked for addresses (the Hub checks its own files).
+        by_hand: whether a person has to fetch the address: Google Drive asks back before it gives large files.
     """
 
     name: str
@@ -62,6 +64,7 @@ class PublishedModel:
     image_size: int = 256
     crop: str = "center"
     sha256: str | None = None
+    by_hand: bool = False
 
     @property
     def continuous(self) -> bool:
@@ -228,6 +231,48 @@ def _one_d_piece_models() -> Iterable[PublishedModel]:
         )
 
 
+def _gigatok(
+    name: str, file: str, drive: str, sizes: tuple[str, str], parameters: int, rfid: float, entropy: float = 0.0
+) -> PublishedModel:
+    arguments = {"codebook_size": 16384, "codebook_embed_dim": 8, "codebook_l2_norm": True, "rot": True}
+    arguments |= {"entropy_loss_ratio": entropy, "z_channels": 256, "use_attn": False}
+    arguments |= {"encoder_ch_mult": [1, 1, 2, 2, 4], "decoder_ch_mult": [1, 1, 2, 2, 4]}
+    arguments |= {"encoder_size": sizes[0], "decoder_size": sizes[1], "num_latent_tokens": 256}
+    arguments |= {"multi_level_query_init": True, "adaptive_gn": True, "d2s_up": True}
+    return PublishedModel(
+        name=f"gigatok-{name}",
+        source=f"https://drive.google.com/file/d/{drive}/view",
+        filename=None,
+        files=(file,),
+        family="GigaTok",
+        config={"model": {"model_cls": "VQVitModelPlus", "init_args": arguments}},
+        tokens=256,
+        grid=None,
+        codebook=(16384, 8),
+        parameters=parameters,
+        rfid=rfid,
+        licence="mit",
+        paper="2504.08736",
+        crop="adm",
+        by_hand=True,
+    )
+
+
+def _gigatok_models() -> Iterable[PublishedModel]:
+    # The authors count the head of the alignment with DINOv2 too, which is of no use after training.
+    small, base, large = "small", "base", "large"
+    file, drive = "VQ_SS256_e100.pt", "1Q_WHCT6mdNnu0GkHCm0CbXaP6kFeTe5h"
+    yield _gigatok("s-s", file, drive, (small, small), 129_252_619, 1.01)
+    file, drive = "VQ_SB256_e200.pt", "17K-h2Jwep53RUEf6CEOV3ro7Cz_DaIWC"
+    yield _gigatok("s-b", file, drive, (small, base), 218_236_939, 0.89)
+    file, drive = "VQ_BL256_e200.pt", "1VnBu4aj0N7lFa1_wKBdTgLNZmaNgFvwi"
+    yield _gigatok("b-l", file, drive, (base, large), 597_510_923, 0.81)
+    file, drive = "VQ_BL256_dino_disc.pt", "11bXyg6y15hIWYnIsl7YbwDtRAJMK7jjn"
+    yield _gigatok("b-l-dino", file, drive, (base, large), 597_510_923, 0.51)
+    file, drive = "VQ_XLXXL256_e300.pt", "1HK_bV_zklLfGmIHGE4gMwjfhLLKi6Z3G"
+    yield _gigatok("xl-xxl", file, drive, ("xl", "xxl"), 2_842_052_875, 0.79, entropy=0.005)
+
+
 def _llamagen(stride: int, multipliers: list[int], parameters: int, rfid: float) -> PublishedModel:
     file, side = f"vq_ds{stride}_c2i.pt", 256 // stride
     arguments = {"codebook_size": 16384, "codebook_embed_dim": 8, "codebook_l2_norm": True, "z_channels": 256}
@@ -300,6 +345,7 @@ CATALOG: tuple[PublishedModel, ...] = (
     *_titok_models(),
     *_tatitok_models(),
     *_one_d_piece_models(),
+    *_gigatok_models(),
     _MASKGIT,
     _llamagen(16, [1, 1, 2, 2, 4], 71_883_403, 2.19),
     _llamagen(8, [1, 2, 2, 4], 70_109_835, 0.59),

@@ -301,12 +301,13 @@ def _download(
         if filename is not None:
             raise ValueError(f"filename chooses in a folder or repository, but {name} is one model; leave it out")
         if entry.is_address:
-            path = fetch(
-                entry.source,
-                Path(cache_dir or cache_folder() / "downloads").expanduser() / entry.files[0],
-                sha256=entry.sha256,
-                local_files_only=local_files_only,
-            )
+            path = Path(cache_dir or cache_folder() / "downloads").expanduser() / entry.files[0]
+            if entry.by_hand and not path.is_file():
+                raise FileNotFoundError(
+                    f"{name} has to be fetched by hand: get {entry.files[0]} from {entry.source} in a browser, and "
+                    f"load its path or put it at {path}"
+                )
+            path = fetch(entry.source, path, sha256=entry.sha256, local_files_only=local_files_only)
             return path.parent, path.name, entry, f"{entry.source} as {path}"
         name, filename = entry.source, entry.filename
     elif not is_repo_id(name):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..tokenizers.base import Tokenizer
-from . import maskgit, titok, vqgan
+from . import gigatok, maskgit, titok, vqgan
 from .catalog import PublishedModel, of_file
 from .format import WEIGHT_SUFFIXES
 from .pickled import read_pickle, weights_of
@@ -52,7 +52,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "TiTok": Family(titok.recognise, titok.read),
     "MaskGIT VQGAN": Family(maskgit.recognise, maskgit.read),
-    # LlamaGen's own scripts take the averaged weights where there are any.
+    # GigaTok's and LlamaGen's own scripts take the averaged weights where there are any.
+    "GigaTok": Family(gigatok.recognise, gigatok.read, ("ema", "model", "state_dict")),
     "LlamaGen VQ": Family(vqgan.recognise_llamagen, vqgan.read_llamagen, ("ema", "model", "state_dict")),
     "taming VQGAN": Family(vqgan.recognise_taming, vqgan.read_taming),
 }

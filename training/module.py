@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..decoders.adaptive_cnn import AdaptiveGroupNorm
 from ..eval.codebook import codebook_statistics
 from ..eval.reconstruction import psnr
 from ..layers.conv import Level, Middle
 from ..layers.frozen import Frozen
 from ..layers.maskgit import MaskGITLevel
+from ..layers.q_former import QFormerBlock
 from ..layers.transformer import Block
 from ..tokenizers.base import Tokenizer
 from .checkpoints import finish_epoch
@@ -39,7 +41,7 @@ from .objectives import Objective, ObjectiveOutput, as_pixels
 from .optimization import DISCRIMINATOR, Optimization
 
 CHECKPOINT_VERSION = 1
-_COMPILED = (Block, Level, Middle, MaskGITLevel)
+_COMPILED = (Block, QFormerBlock, Level, Middle, MaskGITLevel, AdaptiveGroupNorm)
 Batch = dict[str, Any]
 
 

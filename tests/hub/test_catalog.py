@@ -46,7 +46,7 @@ def fixture():
 def test_names_and_files_tell_models_apart():
     names = [model.name for model in CATALOG]
     files = [file for model in CATALOG for file in model.files]
-    assert len(set(names)) == len(names) == 23 and len(set(files)) == len(files)
+    assert len(set(names)) == len(names) == 28 and len(set(files)) == len(files)
     for model in CATALOG:
         assert model.family in FAMILIES and FAMILIES[model.family].recognise(model.config)
         assert model.is_address or model.source.count("/") == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vistok import VQGAN, TiTok, VectorQuantizer
+from vistok import VQGAN, TATiTok, TiTok, VectorQuantizer
 from vistok.eval.codebook import codebook_statistics
 from vistok.eval.reconstruction import psnr
 from vistok.training.ema import ema_copy, ema_decay, ema_update
@@ -141,3 +141,30 @@ def test_a_quantizer_weight_can_ramp_over_the_steps():
         torch.testing.assert_close(result.loss.detach(), expected)
     with pytest.raises(ValueError, match="steps=0"):
         Ramp(1, 0, 0)
+
+
+class Letters(nn.Module):
+    """Two features of width 4 per caption: its length, and its first letter."""
+
+    def forward(self, texts):
+        rows = [[[len(text)] * 4, [ord(text[0])] * 4] for text in texts]
+        return torch.tensor(rows, dtype=torch.float32) / 100
+
+
+def test_captions_reach_the_decoder_and_images_that_are_not_the_input_the_losses():
+    torch.manual_seed(0)
+    tokenizer = TATiTok(
+        VectorQuantizer(16, 4), 16, 8, 3, encoder_size=(32, 1, 2), decoder_size=(32, 1, 2), text_dim=4, text_length=2
+    )
+    objective, images = ReconstructionObjective(text_encoder=Letters()), torch.rand(2, 3, 16, 16)
+    short, long = ({"text": texts} for texts in (["a cat", "a dog"], ["a cat on a mat", "some dog"]))
+    losses = [float(objective(tokenizer, images, 0, batch).terms["pixel"]) for batch in (short, short, long)]
+    assert losses[0] == losses[1] != losses[2]
+    with pytest.raises(ValueError, match="captions"):
+        objective(tokenizer, images, 0, {})
+
+    target = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    result = ReconstructionObjective()(titok(), images, 0, {"target": target})
+    expected = (result.reconstruction - target / 255).square().mean()
+    torch.testing.assert_close(result.terms["pixel"], expected)
+    torch.testing.assert_close(result.target, target / 255)

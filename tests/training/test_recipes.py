@@ -38,6 +38,11 @@ PARAMETERS = {
     "one_d_piece/b256_stage2": 205_256_463,
     "one_d_piece/l256_stage1": 641_742_863 - PIXELS,
     "one_d_piece/l256_stage2": 641_742_863,
+    "gigatok/s_s": 129_252_619,  # without the head that is aligned with DINOv2, a part of the loss here
+    "gigatok/s_b": 218_236_939,
+    "gigatok/b_l": 597_510_923,
+    "gigatok/b_l_dino": 597_510_923,
+    "gigatok/xl_xxl": 2_842_052_875,
     "vqgan/maskgit_vqgan": 23_775_104 + 30_478_339 + 262_144,
     "vqgan/llamagen_vq16": 71_883_403,
     "vqgan/llamagen_vq8": 70_109_835,
@@ -52,7 +57,7 @@ TRAINABLE = {
     "one_d_piece/b256_stage2": 118_958_595,
     "one_d_piece/l256_stage2": 337_792_003,
 }
-FOLDERS = ("titok", "ta_titok", "one_d_piece", "vqgan")
+FOLDERS = ("titok", "ta_titok", "one_d_piece", "gigatok", "vqgan")
 CONFIGS = runs.ROOT / "configs"
 FILES = {f"{path.parent.name}/{path.stem}": path for f in FOLDERS for path in (CONFIGS / f).glob("*.yaml")}
 
