@@ -291,6 +291,24 @@ def test_a_published_size_reads_its_layout(name, keys, total):
     assert (tokenizer.quantizer.entropy_temperature is not None) == (name == "gigatok-xl-xxl")
 
 
+def test_the_2d_form_whose_layers_read_their_input_reads_its_layout():
+    """Its weights were not released: config, counts and names are those of the training code's smallest 2D model."""
+    shapes = cnns() | linear("quant_conv", 256, 8, (1, 1)) | linear("post_quant_conv", 8, 256, (1, 1))
+    shapes |= q_former("s2dencoder", "encoder", "small", (1, 1)) | q_former("s2ddecoder", "decoder", "small", (3, 3))
+    for place, (inside, outside) in enumerate(((512, 2048), (2048, 2048), (2048, 768))):
+        shapes |= linear(f"s2ddecoder.distill_mlp.{2 * place}", inside, outside)
+    shapes |= {"quantize.embedding.weight": (16384, 8), "quantize.codebook_used": (65536,)}
+    shapes = {name: shape for name, shape in shapes.items() if "latent_token" not in name}
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert len(state) == 534 and sum(tensor.numel() for tensor in state.values()) - 65536 == 135_548_427
+    arguments = find("gigatok-s-s").config["model"]["init_args"]
+    config = {"model": {"model_cls": "VQVitModel2DPlus", "init_args": arguments}}
+    with torch.device("meta"):
+        tokenizer, renamed = FAMILIES["GigaTok"].read(config, {}, state, {})
+    assert {name: t.shape for name, t in tokenizer.state_dict().items()} == {n: t.shape for n, t in renamed.items()}
+    assert tokenizer.layout()[0].grid == (16, 16) and tokenizer.encoder.vit.reads_input
+
+
 def test_every_entry_is_checked_above():
     entries = {model.name for model in CATALOG if model.family == "GigaTok"}
     assert entries == {"gigatok-s-s", "gigatok-s-b", "gigatok-b-l", "gigatok-b-l-dino", "gigatok-xl-xxl"}
