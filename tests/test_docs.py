@@ -88,7 +88,7 @@ def test_the_python_snippet_runs(tmp_path, monkeypatch):
     assert torch.equal(names["images"], tokenizer.decode(tokenizer.encode(images)))
     named = re.findall(r'load\("([^"]+)"', published)
     known = {model.name for model in CATALOG} | {model.source for model in CATALOG} | {"fun-research/TiTok"}
-    assert len(named) == 3 and set(named) <= known
+    assert len(named) == 3 and set(named) <= known and f"lists {len(CATALOG)} of them" in README
 
 
 def test_the_architecture_page_names_every_room():
