@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.frozen import Frozen
+from ..layers.weights_file import read_weights_file
 
 _REPOSITORY = "timm/vit_large_patch14_clip_336.openai"
 _FILE = "open_clip_model.safetensors"
@@ -112,19 +113,8 @@ def _load(tower: nn.Module, path: str | None) -> None:
             raise FileNotFoundError(f"CLIP's text tower cannot be downloaded ({error}); {remedy}") from error
     else:
         file = Path(path).expanduser()
-        if not file.is_file():
-            raise FileNotFoundError(f"weights: there is no file {path!r}; {remedy}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        # A CLIP with a text module of its own prefixes the keys.
-        state = {name.removeprefix("text."): value for name, value in state.items()}
-    except Exception as error:
-        raise ValueError(f"weights: {file} is not a readable weights file ({error}); {remedy}") from error
+    # A CLIP with a text module of its own prefixes the keys.
+    state = {name.removeprefix("text."): value for name, value in read_weights_file(file, remedy).items()}
     own = tower.state_dict()
     wrong = [name for name, value in own.items() if name not in state or state[name].shape != value.shape]
     if wrong:

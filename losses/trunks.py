@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.weights_file import read_weights_file
 from .pairs import at_least_float32
 
 _HOST = "https://download.pytorch.org/models/"
@@ -85,20 +86,11 @@ def _load_weights(name: str, path: str | None) -> dict[str, Any]:
         f"fetch {_HOST}{file_name} on a machine with internet access and give its path as trunk_weights, "
         f"or put it at {cached}"
     )
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"trunk_weights: there is no file {path!r}; {remedy}")
-    file = Path(path) if path is not None else cached
-    if not file.is_file():
+    if path is None and not cached.is_file():
         try:
             return torch.hub.load_state_dict_from_url(
                 _HOST + file_name, map_location="cpu", weights_only=True, check_hash=True
             )
         except OSError as error:
             raise FileNotFoundError(f"{name} cannot be downloaded ({error}); {remedy}") from error
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{file} is not a readable weights file ({error}); {remedy}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} holds a {type(state).__name__}, not a dict of weights; {remedy}")
-    return state
+    return read_weights_file(cached if path is None else path, remedy)

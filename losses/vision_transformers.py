@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import torch
 from torch import nn
+
+from ..layers.weights_file import read_weights_file
 
 
 def vision_transformer(model: str, weights: str | None, image_size: tuple[int, int] | None = None) -> nn.Module:
@@ -61,18 +61,7 @@ def _downloaded(model: str, options: dict) -> nn.Module:
 
 def _load(network: nn.Module, model: str, path: str) -> None:
     """Load a weights file, with timm's translation of key names and positions."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"weights: there is no file {path!r}; {_remedy(model)}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(file)
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"weights: {path} is not a readable weights file ({error}); {_remedy(model)}") from error
+    state = read_weights_file(path, _remedy(model))
     translate = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     try:
         state = translate(state, network) if translate is not None else state
