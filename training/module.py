@@ -149,7 +149,6 @@ class TokenizerTraining(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the tokenizer's and the discriminator's gradient each by its own norm; skip what is not finite."""
-        # Not Lightning's: it refuses a fused optimizer under any mixed precision, though only fp16 forbids it.
         self.objective.before_optimizer_step(self.global_step)
         roles: dict[str, list[Tensor]] = {}
         for group in optimizer.param_groups:
@@ -163,6 +162,7 @@ class TokenizerTraining(pl.LightningModule):
             if gradient_clip_val and gradient_clip_algorithm == "value":
                 torch.nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             elif gradient_clip_val:
+                # Not Lightning's: it refuses a fused optimizer under any mixed precision, though only fp16 forbids it.
                 torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         skip = self.guard.observe(norms)
         if self.trainer.precision == "16-mixed":

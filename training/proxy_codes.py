@@ -69,6 +69,10 @@ class ProxyCodeObjective(Objective):
         self.cache = cache
 
     @property
+    def needs_fixed_images(self) -> bool:
+        return self.cache is not None
+
+    @property
     def num_codes(self) -> int:
         """K, the number of the teacher's codes."""
         return self.teacher.network.codebook_sizes[0]

@@ -195,6 +195,7 @@ class CountingCache(SampleCache):
 def test_codes_of_training_images_are_computed_once(teacher, tmp_path):
     cache = CountingCache(str(tmp_path / "codes"), num_samples=9, dtype="int16")
     objective, plain = ProxyCodeObjective(teacher, cache=cache), ProxyCodeObjective(teacher)
+    assert objective.needs_fixed_images and not plain.needs_fixed_images
     student, x = make_student().train(), pixels(5)
     objective.attach(student)
     for rows in ([0, 1, 2], [2, 3, 0, 4], [4, 3]):
