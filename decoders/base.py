@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from ..layers.configurable import Configurable
@@ -47,3 +48,21 @@ class Decoder(Configurable):
     def last_layer(self) -> nn.Parameter | None:
         """The weight that makes the pixels, at which adaptive loss weights compare gradients; ``None`` if none is."""
         return None
+
+
+def check_sequence(latents: Tensor, mask: Tensor | None, longest: int) -> None:
+    """Raise unless a sequence and its mask suit a decoder of 1D sequences.
+
+    Args:
+        latents: ``(B, N, D)``.
+        mask: ``(B, N)`` bool, or ``None``.
+        longest: the largest N taken.
+
+    Raises:
+        ValueError: for another number of latents, or a mask of another shape or type.
+    """
+    expected = tuple(latents.shape[:2])
+    if not 1 <= expected[1] <= longest:
+        raise ValueError(f"this decoder takes 1 to {longest} tokens; got {expected[1]}")
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected):
+        raise ValueError(f"mask must be bool of shape (B, N) = {expected}; got {mask.dtype} of {tuple(mask.shape)}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..layers.sizes import image_hw, transformer_size
 from ..layers.transformer import PUBLISHED_WIDTH, Block, init_transformer, token_std
-from .base import Decoder
+from .base import Decoder, check_sequence
 
 
 class LatentViTTrunk(Decoder):
@@ -91,13 +91,12 @@ class LatentViTTrunk(Decoder):
         batch, length = latents.shape[:2]
         if context is not None and not self.takes_context:
             raise ValueError(f"this decoder was built without text; got context of shape {tuple(context.shape)}")
-        if not 1 <= length <= len(self.latent_position):
-            raise ValueError(f"this decoder takes 1 to {len(self.latent_position)} tokens; got {length}")
+        check_sequence(latents, mask, len(self.latent_position))
         x = torch.cat([self.class_token.expand(batch, 1, -1), self.mask_token.expand(batch, self.num_patches, -1)], 1)
         parts = [x + self.position, self.embed(latents) + self.latent_position[:length]]
         if self.takes_context:
             parts.append(self._embedded_text(context, batch))
-        keys = None if mask is None else self._keys(mask, batch, length)
+        keys = None if mask is None else self._keys(mask)
         x = self.norm_in(torch.cat(parts, 1))  # (B, 1 + P + N' (+ T), width)
         for block in self.blocks:
             x = block(x, keys)
@@ -110,12 +109,8 @@ class LatentViTTrunk(Decoder):
             raise ValueError(f"context must be text features of shape (B, T, C) = {expected}; got {got}")
         return self.embed_text(context) + self.text_position  # (B, T, width)
 
-    def _keys(self, mask: Tensor, batch: int, length: int) -> Tensor:
+    def _keys(self, mask: Tensor) -> Tensor:
         """Which positions of the whole sequence are looked at, ``(B, 1 + P + N' (+ T))``."""
-        if mask.dtype != torch.bool or tuple(mask.shape) != (batch, length):
-            raise ValueError(
-                f"mask must be bool of shape (B, N) = {(batch, length)}; got {mask.dtype} of {tuple(mask.shape)}"
-            )
         after = len(self.text_position) if self.takes_context else 0
         return nn.functional.pad(mask, (1 + self.num_patches, after), value=True)
 

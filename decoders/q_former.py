@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layers.layout import DeviceLayout
 from ..layers.q_former import QFormerBlock, init_q_former, q_former_size
 from ..layers.transformer import token_std
-from .base import Decoder
+from .base import Decoder, check_sequence
 from .cnn import latent_map
 
 
@@ -76,13 +76,11 @@ class QFormerDecoder(DeviceLayout, Decoder):
         Raises:
             ValueError: for another number of latents, or a mask of another shape.
         """
+        check_sequence(latents, mask, len(self.latent_position))
         length = latents.shape[1]
-        if not 1 <= length <= len(self.latent_position):
-            raise ValueError(f"this decoder takes 1 to {len(self.latent_position)} tokens; got {length}")
         memory = self.embed(self.norm_in(latents))  # (B, N', width)
         first = memory[:, :1]
         if mask is not None:
-            _check_mask(mask, latents)
             first = first.masked_fill(~mask[:, :1, None], 0)
         x = first.expand(-1, len(self.position), -1)  # (B, P, width)
         for block in self.blocks:
@@ -99,9 +97,3 @@ class QFormerDecoder(DeviceLayout, Decoder):
     ) -> Tensor:
         features = self.features(latents, mask=mask)  # (B, C, h, w)
         return self.grid_decoder(features.flatten(2).transpose(1, 2), self.patch_grid)  # (B, 3, H, W)
-
-
-def _check_mask(mask: Tensor, latents: Tensor) -> None:
-    expected = tuple(latents.shape[:2])
-    if mask.dtype != torch.bool or tuple(mask.shape) != expected:
-        raise ValueError(f"mask must be bool of shape (B, N) = {expected}; got {mask.dtype} of {tuple(mask.shape)}")

@@ -197,7 +197,7 @@ class TokenizerTraining(pl.LightningModule):
             self._counts = counts if self._counts is None else self._counts + counts
         self._images_seen += len(images)
         if self._is_logging_step(batch_idx):
-            self._log_training(result, images)
+            self._log_training(result)
         return result.loss
 
     def _is_logging_step(self, batch_idx: int) -> bool:
@@ -206,11 +206,11 @@ class TokenizerTraining(pl.LightningModule):
         return completes and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     @torch.no_grad()
-    def _log_training(self, result: ObjectiveOutput, images: Tensor) -> None:
+    def _log_training(self, result: ObjectiveOutput) -> None:
         self.guard.check(self.global_step)
         values = {"loss": result.loss.detach(), **result.terms, **_scalars(result.output.statistics)}
         if result.reconstruction is not None:
-            values["psnr"] = psnr(result.reconstruction, result.target if result.target is not None else images).mean()
+            values["psnr"] = psnr(result.reconstruction, result.target).mean()
         # One collective, and on a copy: an all-reduce in place would change what the backward pass has kept.
         means = self.trainer.strategy.reduce(torch.stack([v.float() for v in values.values()]), reduce_op="mean")
         values = dict(zip(values, means.unbind(), strict=True))
@@ -241,12 +241,12 @@ class TokenizerTraining(pl.LightningModule):
         scalars = result.terms | _scalars(result.output.statistics)
         sums |= {name: value.float() * n for name, value in scalars.items()}
         if result.reconstruction is not None:
-            sums["psnr"] = psnr(result.reconstruction, result.target if result.target is not None else images).sum()
+            sums["psnr"] = psnr(result.reconstruction, result.target).sum()
         if "counts" in result.output.statistics:
             sums["counts"] = result.output.statistics["counts"]
         for name, value in sums.items():
             self._sums[name] = value.double() + self._sums.get(name, 0)
-        return {"images": images if result.target is None else result.target, "reconstructions": result.reconstruction}
+        return {"images": result.target, "reconstructions": result.reconstruction}
 
     def on_validation_epoch_end(self) -> None:
         sums = {name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}

@@ -31,16 +31,16 @@ class ObjectiveOutput:
     Attributes:
         loss: the scalar to minimise.
         output: what the tokenizer returned.
+        target: ``(B, 3, H, W)`` in [0, 1], the images that a reconstruction should equal.
         terms: detached, unweighted values of every term, by name.
         reconstruction: ``(B, 3, H, W)`` nominally in [0, 1], or ``None`` where the step has none.
-        target: ``(B, 3, H, W)`` in [0, 1] that it should equal.
     """
 
     loss: Tensor
     output: TokenizerOutput
+    target: Tensor
     terms: dict[str, Tensor] = field(default_factory=dict)
     reconstruction: Tensor | None = None
-    target: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -159,7 +159,7 @@ class ReconstructionObjective(Objective):
             total = total + self._semantic_loss(target, batch.get("index"), step, terms)
         if self.adversarial is not None and torch.is_grad_enabled():
             total = total + self._adversarial_loss(tokenizer, output.decoded, target, loss, step, terms)
-        return ObjectiveOutput(total, output, terms, output.decoded, target)
+        return ObjectiveOutput(total, output, target, terms, output.decoded)
 
     def _context(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         if self.text_encoder is None:

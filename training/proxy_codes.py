@@ -121,7 +121,7 @@ class ProxyCodeObjective(Objective):
         weights = tokenizer.default_loss_weights
         loss = entropy + quantizer_loss(output.losses, weights, self.quantizer_weights, step)
         reconstruction = None if tokenizer.training else self.reconstruct(logits, images)
-        return ObjectiveOutput(loss, output, terms, reconstruction, images)
+        return ObjectiveOutput(loss, output, images, terms, reconstruction)
 
     def _targets(self, tokenizer: Tokenizer, images: Tensor, batch: Mapping[str, Any] | None) -> Tensor:
         """Codes ``(B, P)`` to predict. The cache knows training images; a validation set has the same indices again."""
