@@ -46,7 +46,7 @@ _PUBLIC = {
     "MultiScaleResidual": "quantizers.multi_scale",
     "Product": "quantizers.product",
     "SharedIndex": "quantizers.shared_index",
-    "PerturbedQuantizer": "quantizers.perturbation",
+    "LatentPerturbation": "quantizers.perturbation",
     "TailTokenDrop": "regularizers.tail_drop",
     "load": "hub.load",
     "save": "hub.save",

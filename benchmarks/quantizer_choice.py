@@ -23,8 +23,8 @@ from rich.progress import track
 
 from vistok import VQGAN
 from vistok.data.demo import DemoPhotographs
-from vistok.eval.codebook import codebook_statistics
 from vistok.eval.reconstruction import psnr
+from vistok.eval.tokens.codebook import codebook_statistics
 from vistok.layers.configurable import build
 from vistok.training.objectives import ReconstructionObjective
 

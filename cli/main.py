@@ -19,11 +19,13 @@ COMMANDS = {
     "encode": "images to a token file",
     "decode": "a token file to images",
     "reconstruct": "images beside their reconstructions, with PSNR and bits per pixel",
+    "evaluate": "a tokenizer's numbers on a dataset, with a report; also: evaluate images, compare, tokbench",
     "info": "what a tokenizer is: parameters, tokens, codebooks, bits",
     "export": "a training run to a folder that everything else loads",
     "convert": "a released checkpoint of another project to such a folder",
     "models": "the published tokenizers that are known by name",
 }
+SUBCOMMANDS = {"evaluate": ("images", "compare", "tokbench")}
 TRAINING = {
     "fit": "train a tokenizer from YAML",
     "validate": "measure a training checkpoint on validation data",
@@ -61,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         close = difflib.get_close_matches(name, [*COMMANDS, *TRAINING], n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join([*COMMANDS, *TRAINING])}"
         return _fail("vistok", f"unknown command {name!r}; {hint}")
+    if argv[1:] and argv[1] in SUBCOMMANDS.get(name, ()):
+        return _run(f"{name} {argv[1]}", argv[2:])
     return _run(name, argv[1:])
 
 
@@ -68,7 +72,7 @@ def _run(name: str, argv: list[str]) -> int:
     from .parser import parse_command
 
     prog = f"vistok {name}"
-    function = getattr(import_module(f".{name}", __package__), name)
+    function = getattr(import_module(f".{name.split()[0]}", __package__), name.replace(" ", "_"))
     try:
         arguments = parse_command(function, prog, argv)
     except ValueError as error:

@@ -48,6 +48,20 @@ class ImageFolder(ImageSource):
         key = os.fsdecode(bytes(self._paths[index]))
         return Sample(read_image(self.root / key, self.exif), int(self._labels[index]), key)
 
+    def manifest(self) -> list[str]:
+        self.prepare()
+        return describe_files(self.root, self._paths)
+
+
+def describe_files(root: Path, paths: np.ndarray) -> list[str]:
+    """Path, bytes and time of change of every file, as lines for :meth:`ImageSource.manifest`."""
+    lines = []
+    for path in paths:
+        name = os.fsdecode(bytes(path))
+        status = (root / name).stat()
+        lines.append(f"{name} {status.st_size} {status.st_mtime_ns}")
+    return lines
+
 
 def list_images(root: Path, argument: str = "root") -> tuple[np.ndarray, np.ndarray]:
     """Sorted paths relative to ``root`` as bytes, and labels, both ``(N,)``.

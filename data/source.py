@@ -67,6 +67,10 @@ class ImageSource(ABC):
         permutation = generator(seed, epoch).permutation(len(self))
         return permutation[: len(self) // world_size * world_size][rank::world_size]
 
+    def manifest(self) -> list[str] | None:
+        """What the source consists of, a line per file: changes whenever images do; ``None`` if it cannot say."""
+        return None
+
     def replacement(self, index: int, attempt: int) -> int:
         """The sample to take in place of an unreadable one; ``attempt`` counts the replacements tried, from 0."""
         return (index + 1 + attempt) % len(self)

@@ -128,6 +128,13 @@ class WebDataset(ImageSource):
         self.prepare()
         return int(self._counts.sum())
 
+    def manifest(self) -> list[str] | None:
+        self.prepare()
+        if any(index is None for index in self._indexes):  # remote shards that nobody has looked into yet
+            return None
+        shards = zip(self._shards, self._indexes, strict=True)
+        return [f"{os.path.basename(shard)} {index.size} {len(index)}" for shard, index in shards]
+
     def read(self, index: int) -> Sample:
         data, label, key, name = self.read_encoded(index)
         caption = self._read_text(index) if self.has_text else ""

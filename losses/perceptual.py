@@ -18,7 +18,7 @@ from .pairs import at_least_float32
 from .perceptual_term import PerceptualTerm
 from .trunks import load_feature_trunk
 
-_TRUNKS = {"vgg": "vgg16", "alex": "alexnet"}
+TRUNKS = {"vgg": "vgg16", "alex": "alexnet"}
 _EPSILON = 1e-10  # added to norms, as lpips does
 
 
@@ -48,10 +48,10 @@ class LPIPSLoss(PerceptualTerm):
         trunk_weights: str | None = None,
         precision: str = "float32",
     ) -> None:
-        if net not in _TRUNKS:
-            raise ValueError(f"net must be one of {sorted(_TRUNKS)}; got {net!r}")
-        super().__init__(load_feature_trunk(_TRUNKS[net], trunk_weights), weight, start_step, precision)
-        self.heads = Frozen(nn.ParameterList(_load_heads(net)))
+        if net not in TRUNKS:
+            raise ValueError(f"net must be one of {sorted(TRUNKS)}; got {net!r}")
+        super().__init__(load_feature_trunk(TRUNKS[net], trunk_weights), weight, start_step, precision)
+        self.heads = Frozen(nn.ParameterList(load_heads(net)))
 
     def compare(self, stage: int, features: Tensor, targets: Tensor) -> Tensor:
         return _WeightedUnitDistance.apply(features, targets, self.heads.network[stage])
@@ -70,7 +70,7 @@ class _WeightedUnitDistance(torch.autograd.Function):
         x = at_least_float32(a)  # (B, C, H, W)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)  # (B, 1, H, W)
         unit = x / (norm + _EPSILON)
-        difference = unit - _unit(at_least_float32(b))
+        difference = unit - unit_length(at_least_float32(b))
         slope = difference * weights  # half the gradient with respect to the unit vectors
         positions = norm.numel()
         value = (slope * difference).sum() / positions
@@ -88,11 +88,13 @@ class _WeightedUnitDistance(torch.autograd.Function):
         return gradient * grad_output.to(gradient.dtype), None, None
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit_length(x: Tensor) -> Tensor:
+    """Features ``(B, C, H, W)`` scaled to length one at every position; zeros stay zeros."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + _EPSILON)
 
 
-def _load_heads(net: str) -> list[nn.Parameter]:
+def load_heads(net: str) -> list[nn.Parameter]:
+    """The learned weights ``(1, C, 1, 1)`` of the channels of each stage of ``vgg`` or ``alex``, without gradient."""
     with as_file(files("lpips") / "weights" / "v0.1" / f"{net}.pth") as path:
         state = torch.load(path, map_location="cpu", weights_only=True)
     return [

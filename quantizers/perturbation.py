@@ -26,7 +26,7 @@ from .neighbours import nearest_rows
 TABLE_LIMIT = 1 << 20  # codes that around="latent" compares with every latent
 
 
-class PerturbedQuantizer(Quantizer):
+class LatentPerturbation(Quantizer):
     """Replaces tokens by neighbours in training; in evaluation it is the quantizer inside.
 
     A replaced token draws one of ``num_neighbours`` codes, its own among them, so it changes with probability
@@ -164,9 +164,8 @@ class PerturbedQuantizer(Quantizer):
             # The last of the chosen samples counts in part of the calls only: the share is exact on average.
             used = torch.arange(1, number + 1, device=device) <= draw_uniform((), device, generator) + share
             changed = changed & used.view(-1, *(1,) * (changed.ndim - 1))
-        found = self._candidates(clean, chosen, indices)  # (M, *S, k, G)
-        where = rank[..., None, None].expand(*rank.shape, 1, found.shape[-1])
-        replaced = torch.where(changed.unsqueeze(-1), found.gather(-2, where).squeeze(-2), indices)
+        near = self._candidates(clean, chosen, indices)  # (M, *S, k, G)
+        replaced = replace_tokens(indices, neighbour_at(near, rank), changed)
         codes = self.quantizer.decode(replaced).detach()
         before = clean.quantized.index_select(0, chosen)
         if codes.shape[:-1] == changed.shape:  # else a token is not one index: several scales, say
@@ -178,15 +177,13 @@ class PerturbedQuantizer(Quantizer):
         """The nearest codes of the chosen samples, ``(M, *S, k, G)``, nearest first."""
         if self.around == "code":
             return self.quantizer.neighbours(indices, self.num_neighbours)
-        every = torch.arange(self.codebook_sizes[0], device=indices.device).unsqueeze(1)
         latents = clean.latents.detach().index_select(0, chosen)
         if latents.shape[:-1] != indices.shape[:-1]:
             raise ValueError(
                 f"around='latent' needs one index per latent; {type(self.quantizer).__name__} has indices "
                 f"{tuple(indices.shape)} for latents {tuple(latents.shape)}"
             )
-        found, _ = nearest_rows(latents.flatten(0, -2), self.quantizer.decode(every), self.num_neighbours)
-        return found.view(*indices.shape[:-1], self.num_neighbours, 1)
+        return latent_neighbours(self.quantizer, latents, self.num_neighbours)
 
     def _draw(
         self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
@@ -204,6 +201,32 @@ class PerturbedQuantizer(Quantizer):
         steps = steps.float() if steps.device.type == "mps" else steps.double()  # no float64 there
         ratio = anneal_ratio(steps, *self.anneal, self.end_ratio, self.continuous)
         return self.token_probability * ratio, (self.num_neighbours * ratio).floor().clamp(min=1)
+
+
+@torch.no_grad()
+def latent_neighbours(quantizer: Quantizer, latents: Tensor, k: int) -> Tensor:
+    """The ``k`` codes nearest to any latents, as the published code looks for them, ``(B, *S, k, 1)``, nearest first.
+
+    Args:
+        quantizer: of one index per token, with a codebook that can be listed.
+        latents: ``(B, *S, D)`` as the quantizer compares them with its codes (:attr:`~.base.Quantized.latents`).
+        k: between 1 and the number of codes.
+    """
+    (size,) = quantizer.codebook_sizes
+    codes = quantizer.decode(torch.arange(size, device=latents.device).unsqueeze(1))  # (K, D)
+    found, _ = nearest_rows(latents.flatten(0, -2), codes, k)
+    return found.view(*latents.shape[:-1], k, 1)
+
+
+def neighbour_at(near: Tensor, rank: Tensor) -> Tensor:
+    """Tokens ``(B, *S, G)`` out of ``near`` ``(B, *S, k, G)``, each the one at its ``rank``, int64 ``(B, *S)``."""
+    where = rank[..., None, None].expand(*rank.shape, 1, near.shape[-1])
+    return near.gather(-2, where).squeeze(-2)
+
+
+def replace_tokens(indices: Tensor, others: Tensor, changed: Tensor) -> Tensor:
+    """Tokens ``(B, *S, G)`` with ``others`` in their place where ``changed``, bool ``(B, *S)``; dropped ones stay."""
+    return torch.where(changed.unsqueeze(-1) & (indices >= 0), others, indices)
 
 
 def anneal_ratio(position: Tensor, start: float, end: float, end_ratio: float = 0.5, continuous: bool = True) -> Tensor:

@@ -62,11 +62,13 @@ def test_every_quantizer_is_on_its_page_and_in_its_figure():
 
 
 def test_the_readme_names_only_commands_and_options_that_exist():
-    from vistok.cli import decode, encode, export, info, reconstruct  # noqa: F401 -- imported to have their signatures
+    from vistok.cli import decode, encode, evaluate, export, info, reconstruct  # noqa: F401 -- imported to have their signatures
 
     shown = re.findall(r"^\$ vistok (\w+) (.*)$", "\n".join(blocks("console")), re.MULTILINE)
     assert {command for command, _ in shown} <= set(COMMANDS) | set(TRAINING)
-    modules = {"encode": encode, "decode": decode, "reconstruct": reconstruct, "info": info, "export": export}
+    modules = {
+        module.__name__.rsplit(".", 1)[1]: module for module in (encode, decode, evaluate, export, info, reconstruct)
+    }
     for command, rest in shown:
         accepted = getattr(modules[command], command).__annotations__
         for option in re.findall(r"--([\w-]+)", rest):

@@ -19,12 +19,17 @@ NOT_PACKAGED = {"tests", "benchmarks"}
 
 
 def rooms() -> list[str]:
-    """Folders of the root that hold Python files."""
-    return sorted({path.parent.name for path in ROOT.glob("[!.]*/*.py")} - NOT_PACKAGED - {"build"})
+    """Folders that hold Python files, dotted, those inside others behind them."""
+    folders = {path.parent.relative_to(ROOT) for path in ROOT.glob("[!.]*/**/*.py")}
+    return sorted(".".join(folder.parts) for folder in folders if folder.parts[0] not in NOT_PACKAGED | {"build"})
 
 
 def modules() -> list[str]:
-    return [f"vistok.{room}.{path.stem}" for room in rooms() for path in sorted((ROOT / room).glob("*.py"))]
+    return [f"vistok.{room}.{path.stem}" for room in rooms() for path in sorted((ROOT / folder(room)).glob("*.py"))]
+
+
+def folder(room: str) -> str:
+    return room.replace(".", "/")
 
 
 def run(code: str, cwd: Path = ROOT, **env: str) -> str:
@@ -43,7 +48,7 @@ def test_packages_list_names_every_room():
 
 
 def test_rooms_are_plain_folders():
-    assert not [str(path) for path in ROOT.glob("[!.]*/__init__.py")]
+    assert not [str(path) for path in ROOT.glob("[!.]*/**/__init__.py") if "build" not in path.parts]
 
 
 def test_only_train_and_init_lie_at_the_root():
@@ -84,8 +89,8 @@ def test_every_module_imports(module):
 
 
 def test_no_module_imports_a_room_by_its_bare_name():
-    bare = re.compile(rf"^\s*(?:from|import) ({'|'.join(rooms())})\b", re.MULTILINE)
-    for path in ROOT.glob("*/*.py"):
+    bare = re.compile(rf"^\s*(?:from|import) ({'|'.join(room for room in rooms() if '.' not in room)})\b", re.MULTILINE)
+    for path in ROOT.glob("[!.]*/**/*.py"):
         found = bare.search(path.read_text())
         assert found is None or found[1] == "tokenizers", f"{path} imports {found[1]!r}; write .{found[1]}"
 

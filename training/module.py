@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .. import __version__
 from ..decoders.adaptive_cnn import AdaptiveGroupNorm
-from ..eval.codebook import codebook_statistics
 from ..eval.reconstruction import psnr
+from ..eval.tokens.codebook import codebook_statistics
 from ..layers.conv import Level, Middle
 from ..layers.frozen import Frozen
 from ..layers.maskgit import MaskGITLevel

@@ -19,7 +19,7 @@ from vistok.quantizers.gumbel import GumbelQuantizer
 from vistok.quantizers.ibq import IndexBackpropQuantizer
 from vistok.quantizers.lfq import LookupFreeQuantizer
 from vistok.quantizers.multi_scale import MultiScaleResidual
-from vistok.quantizers.perturbation import PerturbedQuantizer
+from vistok.quantizers.perturbation import LatentPerturbation
 from vistok.quantizers.product import Product
 from vistok.quantizers.residual import Residual
 from vistok.quantizers.scalar import ScalarQuantizer
@@ -63,7 +63,7 @@ MAKE = {
     "product": lambda: Product([VectorQuantizer(6, 2), LookupFreeQuantizer(2)]),
     "grouped-residual": lambda: Grouped(Residual(VectorQuantizer(6, 2), 2), 2),
     "shared-index": lambda: SharedIndex(12, dims=[3, 1]),
-    "perturbed": lambda: PerturbedQuantizer(VectorQuantizer(12, 4), num_neighbours=4, sample_fraction=0.7),
+    "perturbed": lambda: LatentPerturbation(VectorQuantizer(12, 4), num_neighbours=4, sample_fraction=0.7),
 }
 EVERY = pytest.mark.parametrize("name", MAKE)
 

@@ -11,7 +11,7 @@ import torch
 from vistok.layers.configurable import build
 from vistok.quantizers.fsq import FiniteScalarQuantizer
 from vistok.quantizers.multi_scale import MultiScaleResidual
-from vistok.quantizers.perturbation import PerturbedQuantizer, anneal_ratio
+from vistok.quantizers.perturbation import LatentPerturbation, anneal_ratio
 from vistok.quantizers.scalar import ScalarQuantizer
 from vistok.quantizers.vq import VectorQuantizer
 
@@ -28,7 +28,7 @@ def make(codes=20, dim=3, **arguments):
     inner = VectorQuantizer(codes, dim)
     with torch.no_grad():
         inner.codebook.normal_()
-    return PerturbedQuantizer(inner, **{"num_neighbours": 5, "sample_fraction": 1.0, **arguments})
+    return LatentPerturbation(inner, **{"num_neighbours": 5, "sample_fraction": 1.0, **arguments})
 
 
 def latents(*shape, dtype=torch.float32, seed=1):
@@ -135,14 +135,14 @@ def test_gradient_keeps_the_way_of_the_quantizer_inside(name):
     z, g = latents(3, 8, 3, dtype=torch.float64).requires_grad_(), latents(3, 8, 3, dtype=torch.float64, seed=3)
     gradients = [
         torch.autograd.grad((one(z).quantized * g).sum(), z)[0]
-        for one in (inner, PerturbedQuantizer(inner, num_neighbours=9, sample_fraction=1.0))
+        for one in (inner, LatentPerturbation(inner, num_neighbours=9, sample_fraction=1.0))
     ]
     assert torch.equal(*gradients)
 
 
 @pytest.mark.parametrize("inner", [FiniteScalarQuantizer([5, 4, 5]), ScalarQuantizer(3, 4)], ids=["fsq", "scalar"])
 def test_quantizers_without_a_stored_codebook_are_perturbed_to_their_neighbours(inner):
-    quantizer, z = PerturbedQuantizer(inner, num_neighbours=7, sample_fraction=1.0), latents(5, 40, 3)
+    quantizer, z = LatentPerturbation(inner, num_neighbours=7, sample_fraction=1.0), latents(5, 40, 3)
     result = quantizer(z)
     near = inner.decode(inner.neighbours(result.indices, 7))  # (B, N, 7, D)
     hit = (near == result.quantized.unsqueeze(-2)).all(-1)
@@ -152,7 +152,7 @@ def test_quantizers_without_a_stored_codebook_are_perturbed_to_their_neighbours(
 def test_codes_of_several_scales_are_perturbed_through_decode():
     inner = MultiScaleResidual(VectorQuantizer(16, 4), scales=(1, 2, 3))
     quantizer, z = (
-        PerturbedQuantizer(inner, num_neighbours=4, sample_fraction=0.5, samples="first"),
+        LatentPerturbation(inner, num_neighbours=4, sample_fraction=0.5, samples="first"),
         latents(4, 3, 3, 4),
     )
     mask = torch.ones(4, 3, 3, dtype=torch.bool)
@@ -162,7 +162,7 @@ def test_codes_of_several_scales_are_perturbed_through_decode():
     moved = (result.quantized != clean.quantized).any(-1)
     assert moved[:2][mask[:2]].any() and (result.quantized[~mask] == 0).all()
     with pytest.raises(ValueError, match="needs one index per latent; MultiScaleResidual"):
-        PerturbedQuantizer(inner, num_neighbours=4, sample_fraction=1.0, around="latent")(z)
+        LatentPerturbation(inner, num_neighbours=4, sample_fraction=1.0, around="latent")(z)
 
 
 @AROUND
@@ -259,9 +259,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 def test_latent_neighbours_need_a_codebook_that_can_be_listed():
     with pytest.raises(ValueError, match=r"one index per token.*ScalarQuantizer has sizes \(64, 64\)"):
-        PerturbedQuantizer(ScalarQuantizer(2), around="latent")
+        LatentPerturbation(ScalarQuantizer(2), around="latent")
     with pytest.raises(ValueError, match="at most 1048576 codes"):
-        PerturbedQuantizer(FiniteScalarQuantizer([16] * 9), around="latent")
+        LatentPerturbation(FiniteScalarQuantizer([16] * 9), around="latent")
 
 
 # ---- published numbers
@@ -273,7 +273,7 @@ def test_fixture(case, monkeypatch):
     setting = config["cases"][case]
     inner = VectorQuantizer(config["vocab_size"], config["z_channels"], l2_normalize=True)
     inner.load_state_dict({"codebook": weights["quantize.embedding.weight"]})
-    quantizer = PerturbedQuantizer(
+    quantizer = LatentPerturbation(
         inner, setting["alpha"], setting["beta"], setting["delta"], around="latent", samples="first"
     )
 

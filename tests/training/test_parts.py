@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from vistok import VQGAN, TATiTok, TiTok, VectorQuantizer
-from vistok.eval.codebook import codebook_statistics
 from vistok.eval.reconstruction import psnr
+from vistok.eval.tokens.codebook import codebook_statistics
 from vistok.training.ema import ema_copy, ema_decay, ema_update
 from vistok.training.objectives import ReconstructionObjective
 from vistok.training.optimization import Optimization, parameter_groups
