@@ -208,11 +208,11 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal; yields a function that counts images."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
         task = bar.add_task(title, total=total)
         yield lambda images: bar.advance(task, images)
 

@@ -107,7 +107,7 @@ def evaluate(
         batches.check_context(tokenizer, loaded)
         plan = _protocol(protocol, crop, size or loaded.tokenizer.image_size)
         transform = batches.image_transform(loaded, size, plan.crop)
-        plan = replace(plan, precision=precision, seed=seed, weights=_choice(loaded))
+        plan = replace(plan, precision=precision, seed=seed, weights="raw" if raw_weights else "released")
         source = open_source(data)
         probe = None if probe_data is None else open_source(probe_data)
     if num_tokens:
@@ -409,12 +409,12 @@ class _Job:
     ) -> int:
         """Evaluate, print the numbers; returns the number of images that could not be evaluated."""
         from ..eval.evaluate import choose, evaluate
-        from ..eval.runner import EvaluationError
+        from ..eval.metric import EvaluationError
         from . import batches
 
         total = len(choose(len(source), self.num_images))
         try:
-            with _interruptible(), batches.progress("evaluate", total if self.processes.rank == 0 else 0) as advance:
+            with _interruptible(), batches.progress("evaluate", total, show=self.processes.rank == 0) as advance:
                 results = evaluate(
                     source,
                     transform,
@@ -429,7 +429,7 @@ class _Job:
                     device=self.device,
                     resume=self.resume,
                     processes=self.processes,
-                    advance=lambda images: advance(images * (self.processes.world_size if images else 0)),
+                    advance=advance,
                 )
         except (EvaluationError, FileExistsError) as error:
             raise CommandError(str(error)) from error
@@ -478,11 +478,6 @@ def _protocol(name: str, crop: str, size: tuple[int, int]) -> Protocol:
     if crop == "auto":
         crop = plan.crop if size[0] == size[1] else "center"
     return replace(plan, crop=crop)
-
-
-def _choice(loaded: Loaded) -> str:
-    """Which weights of a training checkpoint were loaded; empty for other tokenizers."""
-    return str(loaded.metadata.get("weights", ""))
 
 
 def _weights(folder: Path | None, no_download: bool, any_weights: bool) -> Weights:
@@ -572,6 +567,7 @@ def _begin_anew(out: Path) -> None:
 def _summary(results: Results) -> str:
     """The numbers of the reconstruction, with what they rest on, as text."""
     from ..eval.report.names import metric_name, sort_names
+    from ..eval.tokens.pfid import PUBLISHED_IMAGES
 
     plan, main = results.protocol, results.main
     lines = [
@@ -585,6 +581,8 @@ def _summary(results: Results) -> str:
     lines += [f"  {name:<{width}}  {metric_name(name).text(main.metrics[name])}" for name in names]
     if main.bits_per_pixel is not None:
         lines.append(f"  {'bits per pixel':<{width}}  {main.bits_per_pixel:.4g}")
+    if "rfid" in main.metrics and results.evaluated < PUBLISHED_IMAGES:
+        lines.append(f"  rFID falls as images are added: published values rest on {PUBLISHED_IMAGES:,}")
     lines += [f"skipped {name}: {reason}" for name, reason in sorted(results.skipped.items())]
     return "\n".join(lines)
 

@@ -21,14 +21,14 @@ from torch import Tensor
 from .. import __version__
 from ..data.source import ImageSource
 from .length import adaptive_section
-from .metric import MetricUnavailable, PerImageMetric
+from .metric import EvaluationError, MetricUnavailable, PerImageMetric
 from .processes import Processes
 from .rate_distortion import rate_distortion
 from .report.gallery import Gallery
 from .report.page import write_report
 from .report.per_image import write_per_image
 from .results import Results, VariantResult
-from .runner import Evaluation, EvaluationError, Pass, run_pass
+from .runner import Evaluation, Pass, run_pass
 from .suites import Suite
 from .tokens.pfid import pfid_section
 

@@ -27,6 +27,10 @@ class MetricUnavailable(Exception):
     """A metric cannot be computed here: no weights, images too small ... One line that says why and what helps."""
 
 
+class EvaluationError(ValueError):
+    """Something about the images or the folder of results that the user can put right."""
+
+
 @dataclass
 class Originals:
     """A batch of B images to evaluate on.

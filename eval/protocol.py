@@ -23,7 +23,7 @@ class Protocol:
 
     Attributes:
         preset: name of the convention that the other fields began from.
-        dataset: hash of the original pixels that were evaluated, in their order; empty until they are known.
+        dataset: hash of the original pixels that were evaluated, whatever their order; empty until they are known.
         num_images: how many there are.
         height: of the images, in pixels.
         width: of the images, in pixels.
@@ -40,7 +40,7 @@ class Protocol:
         psnr: how images are averaged.
         ssim: window of SSIM.
         precision: of the tokenizer: ``32``, ``bf16`` or ``fp16``.
-        weights: which weights of a training checkpoint: ``ema`` or ``raw``; empty where there is no choice.
+        weights: ``released``: those that load by default, of a training checkpoint the moving average; or ``raw``.
         seed: of perturbations, subsets and stochastic decoders.
     """
 
@@ -60,7 +60,7 @@ class Protocol:
     psnr: Literal["per-image"] = "per-image"
     ssim: Literal["gaussian-11"] = "gaussian-11"
     precision: Literal["32", "bf16", "fp16"] = "32"
-    weights: str = ""
+    weights: Literal["released", "raw"] = "released"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +71,7 @@ class Protocol:
             ("inception_score", InceptionScore),
             ("extractor_dtype", Literal["float32", "float64", "tf32", "bfloat16"]),
             ("precision", Literal["32", "bf16", "fp16"]),
+            ("weights", Literal["released", "raw"]),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}; got {getattr(self, name)!r}")

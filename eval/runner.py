@@ -25,16 +25,12 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.files import atomic_file, atomic_write
 from ..data.images import ImageError
 from ..data.source import ImageSource
-from .metric import Metric, Originals
+from .metric import EvaluationError, Metric, Originals
 from .processes import Processes
 from .variants import Variant
 
 _DIGEST = 16  # bytes of the hash of one image
 _SAVE_SHARE = 0.05  # of the time, at most, goes into saving parts
-
-
-class EvaluationError(ValueError):
-    """Something about the images or the folder of results that the user can put right."""
 
 
 @dataclass
@@ -54,7 +50,7 @@ class Pass:
         index: int64 ``(N,)`` ascending, the images that were evaluated.
         keys: what they are called.
         labels: int64 ``(N,)``, -1 if unknown.
-        dataset: hash of their original pixels in order.
+        dataset: hash of their original pixels, whatever their order and names.
         expected: images that should have been evaluated.
         unreadable: why others could not be read, one line each.
         timing: seconds by stage, summed over processes.
@@ -126,7 +122,7 @@ def run_pass(
         resume: continue with the parts that are there, instead of refusing them.
         save_seconds: how often to save, less often if saving takes long; 0 saves after every batch.
         processes: those that share the work; this one alone if ``None``.
-        advance: called with numbers of images done, those of an earlier run first.
+        advance: called with numbers of images done, those of an earlier run first; on rank 0 it speaks for all ranks.
 
     Returns:
         The merged result on rank 0, ``None`` on other ranks.
@@ -160,7 +156,7 @@ def run_pass(
         pin_memory=worker.device.type == "cuda",
         generator=torch.Generator(),  # the loader seeds workers from it; the state of everybody's generator stays
     )
-    worker.run(loader, save_seconds, advance)
+    worker.run(loader, save_seconds, lambda images: advance(images * processes.world_size))
     processes.barrier()
     return _merge(build(), folder, len(numbers)) if processes.rank == 0 else None
 
@@ -379,13 +375,13 @@ def _merge(evaluations: list[Evaluation], folder: Path, expected: int) -> Pass:
     order = numbers.argsort()
     if len(numbers.unique()) != len(numbers):
         raise EvaluationError(f"{folder}: an image was evaluated twice; was a part copied? Begin in another --out")
-    pixels = torch.cat(digests)[order].numpy().tobytes() if digests else b""
+    pixels = sorted(bytes(row) for row in torch.cat(digests).numpy()) if digests else []
     return Pass(
         evaluations,
         numbers[order],
         [keys[i] for i in order.tolist()],
         torch.cat(labels)[order] if labels else numbers,
-        hashlib.sha256(pixels).hexdigest(),
+        hashlib.sha256(b"".join(pixels)).hexdigest(),
         expected,
         [unreadable[number] for number in sorted(unreadable)],
         timing,

@@ -28,13 +28,13 @@ from .inception.reference import InceptionReference, ReferenceStatistics, load_s
 from .inception.reference_cache import ReferenceCache
 from .inception.score import InceptionScore
 from .length import length_variants
-from .metric import Metric, MetricUnavailable
+from .metric import EvaluationError, Metric, MetricUnavailable
 from .perceptual import DISTS, LPIPS
 from .protocol import Protocol
 from .rate_distortion import RateMetric
 from .reconstruction import PSNR
 from .report.gallery import Gallery
-from .runner import Evaluation, EvaluationError, Pass
+from .runner import Evaluation, Pass
 from .similarity import CLIPSimilarity, DINOSimilarity
 from .structural import MSSSIM, SSIM
 from .tokens.code_neighbours import code_digits

@@ -102,8 +102,7 @@ class QuickEvaluation(pl.Callback):
         source, size = data.val, data.image_size
         source.prepare()
         number = None if len(source) <= self.num_images else self.num_images
-        weights = "raw" if pl_module.ema_tokenizer is None else "ema"
-        protocol = preset("torch-fidelity", crop=data.val_crop, height=size[0], width=size[1], weights=weights)
+        protocol = preset("torch-fidelity", crop=data.val_crop, height=size[0], width=size[1])
         settings = Settings(
             "quick",
             protocol,

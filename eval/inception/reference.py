@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...data.files import atomic_write
-from ..metric import Metric, MetricUnavailable, Pairs, State
+from ..metric import EvaluationError, Metric, MetricUnavailable, Pairs, State
 from .feature_table import FeatureTable
 from .moments import Gaussian, Moments
 from .network import POOL_DIM, SPATIAL_DIM, Inception
@@ -93,6 +93,10 @@ class InceptionReference(Metric):
     def merge(self, state: State) -> None:
         if self._loaded is not None:
             return
+        if not state:
+            raise EvaluationError(
+                "a part was made with statistics of the originals that are no longer kept; begin anew"
+            )
         self._statistics = None
         self._pool.merge(state["pool"])
         if self._spatial is not None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,31 @@ def test_statistics_of_the_originals_are_kept_for_the_next_evaluation(tokenizers
     assert inception.calls - calls < calls
     first, second = (Results.load(tmp_path / name / "results.json") for name in ("first", "second"))
     assert first.main.metrics == second.main.metrics and first.protocol == second.protocol
+
+
+def test_a_part_begun_with_kept_statistics_cannot_go_on_without_them(tokenizers, images, tmp_path, inception, capsys):
+    from vistok.eval.variants import TokenizerVariant
+
+    evaluate(tokenizers, images, tmp_path / "first")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenizerVariant, "reconstruct", interrupt_after(1, TokenizerVariant.reconstruct))
+        assert evaluate(tokenizers, images, tmp_path / "second", "--batch-size", "4") == 2
+    shutil.rmtree(tmp_path / "cache")
+    assert evaluate(tokenizers, images, tmp_path / "second", "--resume") == 2
+    assert "statistics of the originals that are no longer kept" in failure(capsys)
+
+
+def interrupt_after(batches, function):
+    """The function, until it is called once more."""
+    calls = []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) > batches:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return interrupted
 
 
 def test_kept_statistics_of_other_pixels_are_refused(tokenizers, images, tmp_path, inception, monkeypatch, capsys):

@@ -49,7 +49,9 @@ def test_presets_are_named_after_themselves_and_all_different():
     assert preset("adm", crop="center").crop == "center"
 
 
-@pytest.mark.parametrize("field", ["crop", "rounding", "resize", "inception_score", "extractor_dtype", "precision"])
+@pytest.mark.parametrize(
+    "field", ["crop", "rounding", "resize", "inception_score", "extractor_dtype", "precision", "weights"]
+)
 def test_values_that_mean_nothing_are_refused(field):
     with pytest.raises(ValueError, match=f"{field} must be one of .*; got 'whatever'"):
         preset("adm", **{field: "whatever"})

@@ -185,6 +185,14 @@ def test_a_chosen_subset_is_evaluated_and_hashes_differently(tmp_path, whole):
     assert result.dataset != whole["images"][3]
 
 
+def test_the_same_pixels_hash_alike_whatever_their_order(tmp_path, whole):
+    class Backwards(small.RandomImages):
+        def read(self, index):
+            return super().read(len(self) - 1 - index)
+
+    assert run(tmp_path, Backwards()).dataset == whole["images"][3]
+
+
 def test_images_of_different_sizes_are_refused(tmp_path):
     def crop(image):
         return image[:, : 4 if image[0, 0, 0] % 2 else 8]
