@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -115,7 +115,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).split(". ")[0]
+        unknown = "at start of device string" in str(error)  # torch goes on to list twenty kinds
+        reason = "there is no such kind of device" if unknown else str(error).split(". ")[0]
         raise CommandError(f"--device {name!r} cannot be used here: {reason}; try auto or cpu") from error
     return device
 
@@ -211,16 +212,25 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 def progress(title: str, total: int, show: bool = True) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, where that is a terminal; yields a function that counts images."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal)) as bar:
+    remaining = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), remaining)
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not (show and console.is_terminal),
+        speed_estimate_period=3600,  # a batch of a full evaluation takes minutes; rich looks back 30 seconds
+    ) as bar:
         task = bar.add_task(title, total=total)
         yield lambda images: bar.advance(task, images)
 
 
-def report_failures(failures: Sequence[str]) -> None:
-    """Name unreadable images on stderr."""
-    for failure in failures:
+def report_failures(failures: Sequence[str], most: int | None = None) -> None:
+    """Name unreadable images on stderr, at ``most`` so many."""
+    for failure in failures[:most]:
         print(f"vistok: skipped {failure}", file=sys.stderr)
+    if most is not None and len(failures) > most:
+        print(f"vistok: skipped {len(failures) - most} more", file=sys.stderr)
 
 
 def report_skipped(skipped: int, total: int) -> None:

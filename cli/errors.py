@@ -1,4 +1,4 @@
-"""The one kind of error that a command shows as a single line."""
+"""The kinds of errors that a command shows as a single line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from contextlib import contextmanager
 
 
 class CommandError(Exception):
-    """Something the user can put right; shown as ``vistok: error: ...`` with exit status 2."""
+    """Something the user can put right; shown as ``vistok: error: ...`` with an exit status of :attr:`status`."""
+
+    status = 2
+
+
+class Interrupted(CommandError):
+    """Ctrl-C or a scheduler's SIGTERM, and how to go on."""
+
+    status = 130
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import CommandError, user_errors
+from .errors import CommandError, Interrupted, user_errors
 from .parser import Lengths, Size
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..data.source import ImageSource
     from ..eval.evaluate import Subject
     from ..eval.protocol import Protocol
-    from ..eval.results import Results
     from ..eval.runner import Pass
     from ..eval.suites import Settings, Suite
     from ..eval.weights import Weights
@@ -30,6 +29,8 @@ Preset = Literal["torch-fidelity", "adm", "titok", "pytorch-fid", "clean-fid"]
 SuiteName = Literal["quick", "standard", "full"]
 Recognizer = Literal["rapidocr", "tesseract", "parseq"]
 Embedder = Literal["insightface", "dlib"]
+
+_NAMED = 20  # unreadable images that are named on stderr; the results name all
 
 
 def evaluate(
@@ -100,7 +101,7 @@ def evaluate(
     from ..eval.variants import Codes
     from . import batches
 
-    job = _Job(out, batch_size, num_workers, device, resume, overwrite, num_images)
+    job = _Job(out, batch_size, num_workers, device, resume, overwrite, num_images, reference, seed)
     with user_errors():
         loaded = _load(tokenizer, not raw_weights)
         loaded.tokenizer.to(job.device)
@@ -108,8 +109,8 @@ def evaluate(
         plan = _protocol(protocol, crop, size or loaded.tokenizer.image_size)
         transform = batches.image_transform(loaded, size, plan.crop)
         plan = replace(plan, precision=precision, seed=seed, weights="raw" if raw_weights else "released")
-        source = open_source(data)
-        probe = None if probe_data is None else open_source(probe_data)
+        source = _source("--data", data)
+        probe = None if probe_data is None else _source("--probe-data", probe_data)
     if num_tokens:
         batches.check_discrete(tokenizer, loaded)
         available = sum(stream.length for stream in loaded.tokenizer.layout(transform.size))
@@ -117,7 +118,7 @@ def evaluate(
     autocast = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     codes = Codes(loaded.tokenizer, plan.rounding, autocast)
     with user_errors():
-        settings = job.settings(source, suite, plan, _weights(weights, no_download, any_weights), reference, num_tokens)
+        settings = job.settings(source, suite, plan, _weights(weights, no_download, any_weights), num_tokens)
         sections = TokenizerSections(
             settings,
             codes,
@@ -194,7 +195,7 @@ def evaluate_images(
     from ..eval.given import GivenReconstructions
     from ..eval.suites import images_suite
 
-    job = _Job(out, batch_size, num_workers, device, resume, overwrite, num_images)
+    job = _Job(out, batch_size, num_workers, device, resume, overwrite, num_images, reference, seed)
     if (crop == "none") != (size is None):
         raise CommandError("--crop and --size go together: originals are brought to the size of the reconstructions")
     with user_errors():
@@ -203,7 +204,7 @@ def evaluate_images(
         transform = _unchanged if size is None else EvalTransform(size, crop)
         height, width = _first_size(source) if size is None else size
         plan = _preset(protocol, crop=crop, height=height, width=width, rounding="given", seed=seed)
-        settings = job.settings(source, suite, plan, _weights(weights, no_download, any_weights), reference, None)
+        settings = job.settings(source, suite, plan, _weights(weights, no_download, any_weights))
         planned = images_suite(settings)
     facts = {"name": name or Path(rec).resolve().name, "kind": "images", "source": rec}
     return job.run(source, transform, planned, Subject(facts, {"name": ref}), None, source.missing)
@@ -212,6 +213,7 @@ def evaluate_images(
 def evaluate_compare(
     results: list[str],
     *,
+    metrics: str | None = None,
     force: bool = False,
     format: Literal["text", "markdown", "csv", "html"] = "text",
     out: Path | None = None,
@@ -220,6 +222,7 @@ def evaluate_compare(
 
     Args:
         results: The results.json files, or the folders they are in.
+        metrics: Which to show, in their order, such as rfid,psnr,lpips_alex; all by default.
         force: Compare results of different protocols all the same; the table says so.
         format: Of the table: text, markdown, csv or html.
         out: Write the table to this file instead of printing it.
@@ -228,15 +231,19 @@ def evaluate_compare(
         0.
 
     Raises:
-        CommandError: for files that are no results, or results that must not be compared.
+        CommandError: for files that are no results, results that must not be compared, or metrics they do not have.
     """
     from ..data.files import atomic_write
     from ..eval.evaluate import RESULTS
     from ..eval.report.compare import compare
 
     paths = [Path(path) / RESULTS if Path(path).is_dir() else Path(path) for path in results]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise CommandError(f"no results at {', '.join(missing)}; vistok evaluate writes them")
+    chosen = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     with user_errors():
-        comparison = compare(paths, force=force)
+        comparison = compare(paths, force=force, metrics=chosen)
     table = getattr(comparison, format)()
     if out is None:
         print(table)
@@ -282,7 +289,7 @@ def evaluate_tokbench(
         save: jpeg75-if-jpg passes reconstructions through JPEG where the original is one, as published numbers do.
         batch_size: Images at a time.
         device: auto (the accelerator if there is one), cpu, cuda, cuda:1 ...
-        overwrite: Replace results that exist.
+        overwrite: Replace results that exist, and begin anew.
 
     Returns:
         0.
@@ -291,13 +298,16 @@ def evaluate_tokbench(
         CommandError: for mistakes in the arguments, or missing packages and weights.
         OSError: if the results cannot be written.
     """
+    from ..eval.evaluate import UNFINISHED
     from ..eval.metric import MetricUnavailable
-    from ..eval.tokbench.suite import summary, tokbench
+    from ..eval.tokbench.suite import forget, summary, tokbench
     from ..eval.variants import Codes
     from . import batches
 
-    path = out / "tokbench.json"
+    path, work = out / "tokbench.json", out / UNFINISHED
     batches.check_counts(batch_size=batch_size)
+    if size is not None and size < 1:
+        raise CommandError(f"--size must be at least 1; got {size}")
     batches.refuse_existing([path], overwrite)
     batches.prepare_folder(out)
     target = batches.pick_device(device)
@@ -313,11 +323,13 @@ def evaluate_tokbench(
             size = size or loaded.tokenizer.image_size[0]
             batches.image_transform(loaded, (size, size), "center")
             codes, source, subject = Codes(loaded.tokenizer), loaded.source, loaded.fingerprint
+        if overwrite:
+            forget(work)
         try:
             section = tokbench(
                 codes,
                 size,
-                out,
+                work,
                 data=data,
                 recognizer=recognizer,
                 recognizer_weights=recognizer_weights,
@@ -332,7 +344,10 @@ def evaluate_tokbench(
             )
         except (MetricUnavailable, FileNotFoundError) as error:
             raise CommandError(str(error)) from error
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; what is done is kept in {out}: give the command again to go on") from None
     _write_json(path, {"subject": {"name": tokenizer, "source": source}, **section})
+    forget(work)
     print(summary(section))
     print(f"results in {path}")
     return 0
@@ -354,24 +369,29 @@ class _Job:
         resume: bool,
         overwrite: bool,
         num_images: int | None,
+        reference: Path | None,
+        seed: int,
     ) -> None:
         from ..eval.evaluate import PER_IMAGE, REPORT, RESULTS
         from ..eval.processes import from_environment
         from . import batches
 
-        batches.check_counts(batch_size=batch_size, num_workers=num_workers)
+        batches.check_counts(batch_size=batch_size, num_workers=num_workers, seed=seed)
+        if num_images is not None and num_images < 1:
+            raise CommandError(f"--num-images must be at least 1; got {num_images}")
+        if reference is not None and not reference.is_file():
+            raise CommandError(f"--reference: there is no file {str(reference)!r}")
         if resume and overwrite:
             raise CommandError("--resume continues an evaluation and --overwrite begins anew; give one of them")
         self.processes = from_environment()
         if self.processes.rank == 0:
-            batches.refuse_existing([out / name for name in (RESULTS, REPORT, PER_IMAGE)], overwrite)
+            written = (RESULTS,) if resume else (RESULTS, REPORT, PER_IMAGE)  # the results come last: a kill before
+            batches.refuse_existing([out / name for name in written], overwrite)
             batches.prepare_folder(out)
-            if overwrite:
-                _begin_anew(out)
         self.processes.barrier()
         self.out, self.batch_size, self.num_workers = out, batch_size, num_workers
         self.device = batches.pick_device(_device_of_rank(device))
-        self.resume, self.num_images = resume, num_images
+        self.resume, self.overwrite, self.num_images, self.reference = resume, overwrite, num_images, reference
 
     def settings(
         self,
@@ -379,8 +399,7 @@ class _Job:
         suite: SuiteName,
         plan: Protocol,
         weights: Weights,
-        reference: Path | None,
-        lengths: tuple[int, ...] | None,
+        lengths: tuple[int, ...] | None = None,
     ) -> Settings:
         """The suite's settings for the images of a source."""
         from ..eval.evaluate import choose, manifest
@@ -394,7 +413,7 @@ class _Job:
             self.device,
             choose(len(source), self.num_images),
             manifest(source),
-            reference,
+            self.reference,
             lengths,
         )
 
@@ -411,8 +430,13 @@ class _Job:
         from ..eval.evaluate import choose, evaluate
         from ..eval.metric import EvaluationError
         from . import batches
+        from .summary import summary
 
         total = len(choose(len(source), self.num_images))
+        if self.overwrite:
+            if self.processes.rank == 0:
+                _begin_anew(self.out)
+            self.processes.barrier()
         try:
             with _interruptible(), batches.progress("evaluate", total, show=self.processes.rank == 0) as advance:
                 results = evaluate(
@@ -434,11 +458,11 @@ class _Job:
         except (EvaluationError, FileExistsError) as error:
             raise CommandError(str(error)) from error
         except KeyboardInterrupt:
-            raise CommandError(f"interrupted; what is done is kept in {self.out}: continue with --resume") from None
+            raise Interrupted(f"interrupted; what is done is kept in {self.out}: continue with --resume") from None
         if results is None:
             return 0
-        batches.report_failures(results.unreadable)
-        print(_summary(results))
+        batches.report_failures(results.unreadable, most=_NAMED)
+        print(summary(results))
         print(f"report in {self.out / 'report.html'}")
         return len(results.unreadable)
 
@@ -460,10 +484,22 @@ def open_source(text: str) -> ImageSource:
     return source
 
 
+def _source(option: str, text: str) -> ImageSource:
+    """The images that an option names; a mistake is told with the option."""
+    try:
+        return open_source(text)
+    except (ValueError, FileNotFoundError) as error:
+        reason = str(error).removeprefix("root: ").removeprefix("shards: ")
+        raise CommandError(f"{option}: {reason}") from error
+
+
 def _load(tokenizer: str, ema: bool) -> Loaded:
     from ..hub.load import load_with_source
 
-    return load_with_source(tokenizer, ema=ema)
+    try:
+        return load_with_source(tokenizer, ema=ema)
+    except ValueError as error:
+        raise CommandError(str(error).replace("ema=False", "--raw-weights")) from error
 
 
 def _preset(name: str, **changes: Any) -> Protocol:
@@ -553,38 +589,20 @@ def _interruptible() -> Iterator[None]:
 
 
 def _begin_anew(out: Path) -> None:
-    """Remove earlier results and what an unfinished run left, and nothing else."""
+    """Remove earlier results and what an unfinished run left, and nothing else.
+
+    Raises:
+        CommandError: if another evaluation is at work there.
+    """
     import shutil
 
-    from ..eval.evaluate import KEPT, PER_IMAGE, REPORT, RESULTS
+    from ..eval.evaluate import PER_IMAGE, REPORT, RESULTS, UNFINISHED
+    from ..eval.parts import claimed
 
-    for name in (RESULTS, REPORT, PER_IMAGE):
-        (out / name).unlink(missing_ok=True)
-    for name in KEPT:
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
-def _summary(results: Results) -> str:
-    """The numbers of the reconstruction, with what they rest on, as text."""
-    from ..eval.report.names import metric_name, sort_names
-    from ..eval.tokens.pfid import PUBLISHED_IMAGES
-
-    plan, main = results.protocol, results.main
-    lines = [
-        f"{results.subject['name']} on {results.evaluated} images of {plan.width}x{plan.height}, protocol "
-        f"{plan.preset} {plan.hash}"
-    ]
-    if results.partial:
-        lines.append(f"PARTIAL: {results.partial}")
-    names = sort_names(set(main.metrics))
-    width = max((len(name) for name in names), default=0)
-    lines += [f"  {name:<{width}}  {metric_name(name).text(main.metrics[name])}" for name in names]
-    if main.bits_per_pixel is not None:
-        lines.append(f"  {'bits per pixel':<{width}}  {main.bits_per_pixel:.4g}")
-    if "rfid" in main.metrics and results.evaluated < PUBLISHED_IMAGES:
-        lines.append(f"  rFID falls as images are added: published values rest on {PUBLISHED_IMAGES:,}")
-    lines += [f"skipped {name}: {reason}" for name, reason in sorted(results.skipped.items())]
-    return "\n".join(lines)
+    with user_errors(), claimed(out / UNFINISHED):
+        for name in (RESULTS, REPORT, PER_IMAGE):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -65,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("vistok", f"unknown command {name!r}; {hint}")
     if argv[1:] and argv[1] in SUBCOMMANDS.get(name, ()):
         return _run(f"{name} {argv[1]}", argv[2:])
+    if argv[1:] and not os.path.exists(argv[1]):
+        close = difflib.get_close_matches(argv[1], SUBCOMMANDS.get(name, ()), n=1)
+        if close:
+            return _fail("vistok", f"there is neither a file nor a command {argv[1]!r}; did you mean {close[0]!r}?")
     return _run(name, argv[1:])
 
 
@@ -84,7 +88,7 @@ def _run(name: str, argv: list[str]) -> int:
     try:
         return 1 if function(**arguments) else 0
     except CommandError as error:
-        return _fail("vistok", str(error))
+        return _fail("vistok", str(error), error.status)
     except BrokenPipeError:
         # The reader of our output has gone (`vistok info T | head`): say nothing, and nothing at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,8 @@ import argparse
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse as parse_docstring
 from jsonargparse import ArgumentParser
@@ -61,7 +62,7 @@ def parse_command(function: Callable[..., int], prog: str, argv: Sequence[str]) 
     try:
         arguments = vars(_parser(function, prog).parse_args(list(argv)))
     except argparse.ArgumentError as error:
-        raise ValueError(_one_line(str(error))) from error
+        raise ValueError(_one_line(str(error), function)) from error
     for name, hint in get_type_hints(function).items():
         parse = next((parse for kind, parse in _TYPED if kind == hint), None)
         if parse is not None and arguments[name] is not None:
@@ -94,7 +95,7 @@ def _parser(function: Callable[..., int], prog: str) -> ArgumentParser:
         elif parameter.default is inspect.Parameter.empty:
             parser.add_argument(option, type=hint, required=True, help=text)
         else:
-            kind = str if any(hint == typed for typed, _ in _TYPED) else hint
+            kind = str if any(hint == typed for typed, _ in _TYPED) else _without_none(hint)
             parser.add_argument(option, type=kind, default=parameter.default, help=text)
     return parser
 
@@ -108,8 +109,23 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)" if shown else text
 
 
-def _one_line(message: str) -> str:
-    """jsonargparse's message of several lines, with options as they are typed."""
+def _without_none(hint: Any) -> Any:
+    """``X`` of ``X | None``: nobody types None, and messages should not speak of it."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if get_origin(hint) in (Union, UnionType) and len(kinds) == 1 else hint
+
+
+def _one_line(message: str, function: Callable[..., int]) -> str:
+    """jsonargparse's message of several lines, with arguments as they are typed."""
+    wanted = re.fullmatch(r"the following arguments are required: (.*)", message)
+    if wanted:
+        parameters = inspect.signature(function).parameters
+        options = {name for name, found in parameters.items() if found.kind is inspect.Parameter.KEYWORD_ONLY}
+        names = [name.strip() for name in wanted[1].split(",")]
+        typed = ("--" + name.replace("_", "-") if name in options else name.upper() for name in names)
+        return f"the following arguments are required: {', '.join(typed)}"
+    if re.match(r"unrecognized arguments: [^-].*\.tar", message):
+        message += "; put quotes around a pattern such as 'val-{000..003}.tar', or the shell takes it apart"
     text = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match.group(1).replace('_', '-')}:", message)
     text = re.sub(r"Expected a <class '([\w.]+)'>", r"expected \1", text)
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", text)

@@ -7,9 +7,9 @@ the folder holds the parts of the pass, and an interrupted evaluation continues 
 from __future__ import annotations
 
 import hashlib
-import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from .. import __version__
 from ..data.source import ImageSource
 from .length import adaptive_section
 from .metric import EvaluationError, MetricUnavailable, PerImageMetric
+from .parts import claimed
 from .processes import Processes
 from .rate_distortion import rate_distortion
 from .report.gallery import Gallery
@@ -32,7 +33,8 @@ from .runner import Evaluation, Pass, run_pass
 from .suites import Suite
 from .tokens.pfid import pfid_section
 
-KEPT = ("parts", "rows", "features", "tokbench")  # folders of what an interrupted run continues from
+UNFINISHED = "unfinished"  # folder of what an interrupted run continues from, below that of the results
+KEPT = (UNFINISHED,)  # what may go when an evaluation begins anew
 RESULTS, PER_IMAGE, REPORT = "results.json", "per_image.parquet", "report.html"
 
 
@@ -92,7 +94,8 @@ def evaluate(
         What was written; ``None`` on ranks other than 0.
 
     Raises:
-        EvaluationError: if the dataset holds fewer than ``num_images``, or ``out`` was begun with other settings.
+        EvaluationError: if the dataset holds fewer than ``num_images``, no image can be read, or ``out`` was begun with
+            other settings or is at work for another evaluation.
         FileExistsError: if ``out`` holds an unfinished evaluation and ``resume`` is off.
     """
     source.prepare()
@@ -102,37 +105,39 @@ def evaluate(
         "subject": subject.subject.get("name"),
         "weights": subject.fingerprint,
         "data": subject.data.get("name"),
+        "manifest": suite.manifest,
         "num_images": len(chosen),
         "of": len(source),
         "suite": suite.plan,
     }
-    found = run_pass(
-        source,
-        transform,
-        suite.build,
-        out,
-        plan=plan,
-        chosen=chosen,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        device=device,
-        resume=resume,
-        processes=processes,
-        advance=advance,
-    )
-    if found is None:
-        return None
-    if not len(found.index):
-        raise EvaluationError(f"none of the {len(chosen)} images could be read; the first: {found.unreadable[0]}")
-    suite.finish(found)
-    results = collect(found, suite, subject, len(source), missing, note)
-    if sections is not None:
-        made, skipped = sections(found)
-        results.sections |= made
-        results.skipped |= skipped
-    write(results, found, out)
-    for name in KEPT:
-        shutil.rmtree(out / name, ignore_errors=True)
+    work, processes = out / UNFINISHED, processes or Processes()
+    with claimed(work) if processes.rank == 0 else nullcontext():
+        found = run_pass(
+            source,
+            transform,
+            suite.build,
+            work,
+            plan=plan,
+            chosen=chosen,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            device=device,
+            resume=resume,
+            processes=processes,
+            advance=advance,
+        )
+        if found is None:
+            return None
+        if not len(found.index):
+            raise EvaluationError(f"none of the {len(chosen)} images could be read; the first: {found.unreadable[0]}")
+        suite.finish(found)
+        results = collect(found, suite, subject, len(source), missing, note)
+        if sections is not None:
+            made, skipped = sections(found)
+            results.sections |= made
+            results.skipped |= skipped
+        write(results, found, out)
+        shutil.rmtree(work, ignore_errors=True)
     return results
 
 
@@ -140,8 +145,10 @@ def choose(available: int, num_images: int | None) -> np.ndarray:
     """The images to evaluate: all, or ``num_images`` spread evenly over the dataset.
 
     Raises:
-        EvaluationError: if there are not so many.
+        EvaluationError: if there are not so many, or none at all.
     """
+    if not available:
+        raise EvaluationError("the dataset is empty: there is no image to evaluate")
     if num_images is None:
         return np.arange(available)
     if not 1 <= num_images <= available:
@@ -169,7 +176,7 @@ def collect(
     note: str = "",
 ) -> Results:
     """Compute every metric, and the sections that follow from them."""
-    skipped = dict(suite.skipped)
+    skipped = suite.skipped | found.unavailable
     variants = [
         _variant_result(evaluation, skipped)
         for evaluation in found.evaluations
@@ -239,8 +246,6 @@ def _variant_result(evaluation: Evaluation, skipped: dict[str, str]) -> VariantR
         if found:
             details[name] = found
     rate = values.pop("bits_per_pixel", None)
-    if rate is not None and not math.isfinite(rate):
-        rate = None
     return VariantResult(variant.name, variant.kind, dict(variant.settings), rate, values, details)
 
 

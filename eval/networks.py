@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -41,17 +42,28 @@ def shared_network(key: Hashable, load: Callable[[], nn.Module]) -> nn.Module:
 
 @contextmanager
 def judging(network: nn.Module, images: Tensor) -> Iterator[None]:
-    """Run a network where the images are, without gradient, in float32 whatever the global settings allow.
-
-    TF32 changes features by one part in a thousand, which is more than what such metrics tell apart.
-    """
+    """Run a network where the images are, as :func:`exactly` does."""
     if next(network.parameters()).device != images.device:
         network.to(images.device)
+    with exactly(images.device):
+        yield
+
+
+@contextmanager
+def exactly(device: torch.device, convolutions: Literal["ieee", "tf32"] = "ieee") -> Iterator[None]:
+    """Compute without gradient, in the dtype of the tensors whatever autocast and the global settings allow.
+
+    TF32 changes features by one part in a thousand, which is more than what such metrics tell apart.
+
+    Args:
+        device: to compute on.
+        convolutions: ``tf32`` lets convolutions on CUDA compute in it all the same.
+    """
     settings = torch.backends.cudnn.conv
-    convolutions = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    before = settings.fp32_precision
+    settings.fp32_precision = convolutions
     try:
-        with torch.no_grad(), full_precision(images.device):
+        with torch.no_grad(), full_precision(device):
             yield
     finally:
-        settings.fp32_precision = convolutions
+        settings.fp32_precision = before

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+
+_PATIENCE = timedelta(days=1)  # of a process that is done, with the slowest
 
 
 def _nothing() -> None:
@@ -37,5 +40,5 @@ def from_environment() -> Processes:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     return Processes(dist.get_rank(), world_size, dist.barrier)

@@ -40,6 +40,8 @@ class Protocol:
         psnr: how images are averaged.
         ssim: window of SSIM.
         precision: of the tokenizer: ``32``, ``bf16`` or ``fp16``.
+        other_weights: files that took the place of published weights of judging networks, with the beginnings of their
+            SHA-256; empty if none did.
         weights: ``released``: those that load by default, of a training checkpoint the moving average; or ``raw``.
         seed: of perturbations, subsets and stochastic decoders.
     """
@@ -60,6 +62,7 @@ class Protocol:
     psnr: Literal["per-image"] = "per-image"
     ssim: Literal["gaussian-11"] = "gaussian-11"
     precision: Literal["32", "bf16", "fp16"] = "32"
+    other_weights: str = ""
     weights: Literal["released", "raw"] = "released"
     seed: int = 0
 

@@ -6,6 +6,7 @@ state counts is ever read, so a process that is killed while it writes spoils no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+
+from .metric import EvaluationError
 
 
 class Rows:
@@ -62,6 +65,7 @@ class Rows:
         if self._file is None:
             return {}
         self._file.flush()
+        os.fsync(self._file.fileno())
         return {"file": self._name, "rows": self._count}
 
     def merge(self, state: dict[str, Any]) -> None:
@@ -75,9 +79,13 @@ class Rows:
     def _maps(self) -> list[np.ndarray]:
         if self._folder is None:
             raise RuntimeError("open() comes before reading")
-        return [
-            np.memmap(self._folder / name, self._record, "r", shape=(count,)) for name, count in self._segments if count
-        ]
+        return [self._map(self._folder / name, count) for name, count in self._segments if count]
+
+    def _map(self, path: Path, count: int) -> np.ndarray:
+        try:
+            return np.memmap(path, self._record, "r", shape=(count,))
+        except (OSError, ValueError) as error:
+            raise EvaluationError(f"{path} should hold {count} rows and is damaged; begin again") from error
 
     def index(self) -> np.ndarray:
         """The numbers of all images, int64 ``(N,)`` ascending."""

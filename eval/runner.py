@@ -9,23 +9,24 @@ parts, so there is one path to the result and nothing to send over a network but
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.files import atomic_file, atomic_write
 from ..data.images import ImageError
 from ..data.source import ImageSource
-from .metric import EvaluationError, Metric, Originals
+from .interrupts import postponed_interrupts
+from .metric import EvaluationError, Metric, MetricUnavailable, Originals
+from .parts import covered, prepare_parts, read_parts, write_part
 from .processes import Processes
 from .variants import Variant
 
@@ -54,6 +55,7 @@ class Pass:
         expected: images that should have been evaluated.
         unreadable: why others could not be read, one line each.
         timing: seconds by stage, summed over processes.
+        unavailable: metrics that gave up on a batch, and are not among the evaluations -> why.
     """
 
     evaluations: list[Evaluation]
@@ -64,6 +66,7 @@ class Pass:
     expected: int
     unreadable: list[str]
     timing: dict[str, float]
+    unavailable: dict[str, str] = field(default_factory=dict)
 
     def metric(self, variant: str, name: str) -> Metric | None:
         """A metric of a variant, if it took part."""
@@ -82,7 +85,9 @@ class _Progress:
     labels: list[int] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     unreadable: dict[int, str] = field(default_factory=dict)
+    unavailable: dict[str, dict[str, str]] = field(default_factory=dict)  # variant -> metric -> why
     timing: dict[str, float] = field(default_factory=dict)
+    size: list[int] = field(default_factory=list)  # height and width of the images, once there is one
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -129,17 +134,17 @@ def run_pass(
 
     Raises:
         FileExistsError: if there are parts and ``resume`` is off.
-        EvaluationError: if the parts are of another plan, or damaged, or images differ in size.
+        EvaluationError: if the parts are of another plan, or damaged, or do not add up, or images differ in size.
     """
     processes = processes or Processes()
     source.prepare()
     numbers = np.arange(len(source)) if chosen is None else np.unique(np.asarray(chosen, dtype=np.int64))
     parts = folder / "parts"
     if processes.rank == 0:
-        _prepare(parts, plan, resume)
+        prepare_parts(parts, plan, resume)
     processes.barrier()
-    earlier = _read_parts(parts)
-    done = np.concatenate([np.empty(0, np.int64), *(_covered(part) for part in earlier)])
+    earlier = read_parts(parts)
+    done = covered(earlier)
     generation = 1 + max((part["generation"] for part in earlier), default=-1)
     remaining = np.setdiff1d(numbers, done)[processes.rank :: processes.world_size]
     if processes.rank == 0:
@@ -157,8 +162,9 @@ def run_pass(
         generator=torch.Generator(),  # the loader seeds workers from it; the state of everybody's generator stays
     )
     worker.run(loader, save_seconds, lambda images: advance(images * processes.world_size))
+    del worker, earlier  # what metrics hold is on disk now, and is about to be held again
     processes.barrier()
-    return _merge(build(), folder, len(numbers)) if processes.rank == 0 else None
+    return _merge(build(), folder, numbers) if processes.rank == 0 else None
 
 
 class _Images(Dataset):
@@ -191,7 +197,7 @@ class _Images(Dataset):
             "image": image,
             "target": target,
             "label": sample.label,
-            "key": sample.key,
+            "key": sample.key.encode(errors="surrogateescape").decode(errors="replace"),  # names may be no UTF-8
             "digest": digest,
         }
 
@@ -204,6 +210,7 @@ class _Worker:
     ) -> None:
         self.evaluations, self.path, self.generation, self.device = evaluations, path, generation, device
         self.progress = _Progress()
+        self.torn = False  # some metrics have seen a batch that others have not
         for evaluation in evaluations:
             for metric, folder_of_metric in _metrics(evaluation, folder):
                 metric.open(folder_of_metric, name)
@@ -217,17 +224,19 @@ class _Worker:
                     items = next(batches, None)
                 if items is None:
                     break
-                self.take(items)
+                with postponed_interrupts():
+                    self.take(items)
                 advance(len(items))
                 if time.monotonic() - last > interval:
                     start = time.monotonic()
                     self.save()
                     last = time.monotonic()
                     interval = max(save_seconds, (last - start) / _SAVE_SHARE) if save_seconds else 0.0
-        except KeyboardInterrupt:
             self.save()
+        except KeyboardInterrupt:
+            if not self.torn:  # else what was saved last is what counts
+                self.save()
             raise
-        self.save()
 
     @torch.no_grad()
     def take(self, items: list[dict[str, Any]]) -> None:
@@ -235,27 +244,36 @@ class _Worker:
         for item in items:
             if "problem" in item:
                 raise EvaluationError(item["problem"])
+        self.torn = True
         good = [item for item in items if "error" not in item]
         if good:
             originals = self._originals(good)
             for evaluation in self.evaluations:
-                with self.progress.stage(f"reconstruct/{evaluation.variant.kind}"):
-                    pairs = evaluation.variant.reconstruct(originals)
-                for name, metric in evaluation.metrics.items():
-                    with self.progress.stage(f"metric/{name}"):
-                        metric.update(pairs)
+                self._judge(evaluation, originals)
         for item in good:
             self.progress.index.append(item["number"])
             self.progress.keys.append(item["key"])
             self.progress.labels.append(item["label"])
             self.progress.digests.append(item["digest"])
         self.progress.unreadable |= {item["number"]: item["error"] for item in items if "error" in item}
+        self.torn = False
+
+    def _judge(self, evaluation: Evaluation, originals: Originals) -> None:
+        """Let the metrics of a variant see a batch; those that cannot say anything about it are out."""
+        with self.progress.stage(f"reconstruct/{evaluation.variant.kind}"):
+            pairs = evaluation.variant.reconstruct(originals)
+        for name, metric in list(evaluation.metrics.items()):
+            try:
+                with self.progress.stage(f"metric/{name}"):
+                    metric.update(pairs)
+            except MetricUnavailable as reason:
+                self.progress.unavailable.setdefault(evaluation.variant.name, {})[name] = str(reason)
+                del evaluation.metrics[name]
 
     def _originals(self, good: list[dict[str, Any]]) -> Originals:
         sizes = {tuple(item["image"].shape[1:]) for item in good}
-        if len(sizes) > 1:
-            found = " and ".join(f"{width}x{height}" for height, width in sorted(sizes)[:2])
-            raise EvaluationError(f"images differ in size ({found} pixels); give a crop that brings them to one size")
+        _check_sizes(sizes | {tuple(self.progress.size)} if self.progress.size else sizes)
+        self.progress.size = list(sizes.pop())
         targets = None
         if good[0]["target"] is not None:
             targets = torch.stack([item["target"] for item in good]).to(self.device, non_blocking=True)
@@ -281,108 +299,85 @@ class _Worker:
             if progress.digests
             else torch.empty(0, dtype=torch.uint8),
             "unreadable": progress.unreadable,
+            "unavailable": progress.unavailable,
             "timing": progress.timing,
+            "size": progress.size,
             "states": {
                 evaluation.variant.name: {name: metric.state_dict() for name, metric in evaluation.metrics.items()}
                 for evaluation in self.evaluations
             },
         }
-        with atomic_file(self.path) as partial:
-            torch.save(part, partial)
+        write_part(self.path, part)
 
 
 def _metrics(evaluation: Evaluation, folder: Path) -> Iterator[tuple[Metric, Path]]:
     """The metrics of a variant and the folder of each."""
-    variant = "".join(c if c.isalnum() or c in "=.-" else "_" for c in evaluation.variant.name)
     for name, metric in evaluation.metrics.items():
-        yield metric, folder / "rows" / variant / name
+        yield metric, folder / "rows" / quote(evaluation.variant.name, safe="=,+") / name
 
 
-def _prepare(parts: Path, plan: dict[str, Any], resume: bool) -> None:
-    """See that the folder belongs to this evaluation.
-
-    Raises:
-        FileExistsError: if parts are there and may not be continued.
-        EvaluationError: if they belong to another plan.
-    """
-    parts.mkdir(parents=True, exist_ok=True)
-    record = parts / "plan.json"
-    present = any(parts.glob("*.pt"))
-    if present and not resume:
-        raise FileExistsError(
-            f"{parts.parent} holds an unfinished evaluation; continue it with --resume, or choose another --out"
-        )
-    plan = json.loads(json.dumps(plan))
-    if present:
-        try:
-            found = json.loads(record.read_text())
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{record} cannot be read ({error}); begin again in another --out") from error
-        if found != plan:
-            names = [name for name in sorted({*found, *plan}) if found.get(name) != plan.get(name)]
-            differences = "; ".join(f"{name}: {found.get(name)!r} there, {plan.get(name)!r} now" for name in names)
-            raise EvaluationError(f"{parts.parent} was begun with other settings ({differences}); choose another --out")
-        return
-    with atomic_write(record) as file:
-        file.write(json.dumps(plan, indent=1).encode())
+def _check_sizes(sizes: set[tuple[int, ...]]) -> None:
+    if len(sizes) > 1:
+        found = " and ".join(f"{width}x{height}" for height, width in sorted(sizes)[:2])
+        raise EvaluationError(f"images differ in size ({found} pixels); give a crop that brings them to one size")
 
 
-def _read_parts(parts: Path) -> list[dict[str, Any]]:
-    """All parts that are there, in the order of their names.
-
-    Raises:
-        EvaluationError: for a part that cannot be read.
-    """
-    result = []
-    for path in sorted(parts.glob("*.pt")):
-        try:
-            result.append(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        except Exception as error:  # torch raises errors of many kinds for a damaged file
-            raise EvaluationError(
-                f"{path} is damaged ({error}); delete it, and --resume evaluates its images again"
-            ) from error
-    return result
-
-
-def _covered(part: dict[str, Any]) -> np.ndarray:
-    return np.concatenate([part["index"].numpy(), np.array(sorted(part["unreadable"]), dtype=np.int64)])
-
-
-def _merge(evaluations: list[Evaluation], folder: Path, expected: int) -> Pass:
+def _merge(evaluations: list[Evaluation], folder: Path, chosen: np.ndarray) -> Pass:
     """Bring all parts together.
 
     Raises:
-        EvaluationError: if two parts cover one image.
+        EvaluationError: if they do not cover every chosen image once, or images differ in size.
     """
+    parts = read_parts(folder / "parts")
+    _check_cover(covered(parts), chosen, folder)
+    _check_sizes({tuple(part["size"]) for part in parts if part["size"]})
+    unavailable = _without_unavailable(evaluations, parts)
     for evaluation in evaluations:
         for metric, folder_of_metric in _metrics(evaluation, folder):
             metric.open(folder_of_metric, "merged")
-    index, labels, digests, keys = [], [], [], []
     unreadable: dict[int, str] = {}
     timing: dict[str, float] = {}
-    for part in _read_parts(folder / "parts"):
-        index.append(part["index"])
-        labels.append(part["labels"])
-        digests.append(part["digests"].view(-1, _DIGEST))
-        keys += part["keys"]
+    for part in parts:
         unreadable |= part["unreadable"]
         for stage, seconds in part["timing"].items():
             timing[stage] = timing.get(stage, 0.0) + seconds
         for evaluation in evaluations:
             for name, metric in evaluation.metrics.items():
                 metric.merge(part["states"][evaluation.variant.name][name])
-    numbers = torch.cat(index) if index else torch.empty(0, dtype=torch.int64)
+    numbers = torch.cat([torch.empty(0, dtype=torch.int64), *(part["index"] for part in parts)])
+    labels = torch.cat([torch.empty(0, dtype=torch.int64), *(part["labels"] for part in parts)])
+    keys = [key for part in parts for key in part["keys"]]
+    pixels = sorted(bytes(row) for part in parts for row in part["digests"].view(-1, _DIGEST).numpy())
     order = numbers.argsort()
-    if len(numbers.unique()) != len(numbers):
-        raise EvaluationError(f"{folder}: an image was evaluated twice; was a part copied? Begin in another --out")
-    pixels = sorted(bytes(row) for row in torch.cat(digests).numpy()) if digests else []
     return Pass(
         evaluations,
         numbers[order],
         [keys[i] for i in order.tolist()],
-        torch.cat(labels)[order] if labels else numbers,
+        labels[order],
         hashlib.sha256(b"".join(pixels)).hexdigest(),
-        expected,
+        len(chosen),
         [unreadable[number] for number in sorted(unreadable)],
         timing,
+        unavailable,
     )
+
+
+def _check_cover(done: np.ndarray, chosen: np.ndarray, folder: Path) -> None:
+    if len(np.unique(done)) != len(done):
+        raise EvaluationError(f"{folder}: an image was evaluated twice; was a part copied? Begin in another --out")
+    if not np.array_equal(np.sort(done), chosen):
+        raise EvaluationError(
+            f"{folder}: the parts there are of {len(done)} images instead of the {len(chosen)} to evaluate; was one "
+            f"removed, or does another evaluation write there? Continue with --resume"
+        )
+
+
+def _without_unavailable(evaluations: list[Evaluation], parts: list[dict[str, Any]]) -> dict[str, str]:
+    """Take out the metrics that gave up in any part; returns why."""
+    reasons: dict[str, str] = {}
+    for part in parts:
+        for evaluation in evaluations:
+            for name, reason in part["unavailable"].get(evaluation.variant.name, {}).items():
+                evaluation.metrics.pop(name, None)
+                reasons[name] = reason
+    return reasons

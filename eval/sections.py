@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data.source import ImageSource
+from .evaluate import UNFINISHED, manifest
 from .metric import MetricUnavailable
 from .probes.features import PooledFeatures, extract_features, kinds_of
 from .probes.linear import linear_probe, num_steps
@@ -34,7 +35,7 @@ class TokenizerSections:
         codes: the tokenizer.
         source: the images that are evaluated.
         transform: brings them to size.
-        out: folder that keeps what a run that is killed goes on from.
+        out: folder of the results; a run that is killed goes on from what it keeps there.
         probe_source: labelled training images for the linear probe; there is none without.
         batch_size: images at a time.
         num_workers: processes that read.
@@ -77,10 +78,13 @@ class TokenizerSections:
         if height != width:
             raise MetricUnavailable(f"TokBench needs square images; got {height} x {width}")
         device, subject = self.settings.device, self.subject
-        return tokbench(self.codes, height, self.out, device=device, subject=subject, progress=self.progress)
+        work = self.out / UNFINISHED
+        return tokbench(self.codes, height, work, device=device, subject=subject, progress=self.progress)
 
     def _token_model(self, store: TokenStore) -> dict[str, Any]:
-        tokens = torch.cat([block.flatten().to(torch.int32) for block in store.blocks()])  # (N, L)
+        small = sum(sum(stream.codebook_sizes) for stream in store.layout) <= 1 << 31
+        dtype = torch.int32 if small else torch.int64
+        tokens = torch.cat([block.flatten().to(dtype) for block in store.blocks()])  # (N, L)
         pixels = self.settings.protocol.height * self.settings.protocol.width
         seed, device = self.settings.protocol.seed, self.settings.device
         with self.progress("token model", _MODEL_STEPS) as advance:
@@ -105,7 +109,7 @@ class TokenizerSections:
                 self.codes.tokenizer,
                 source,
                 self.transform,
-                self.out / "features" / name,
+                self.out / UNFINISHED / "features" / name,
                 kinds_of(self.codes.tokenizer),
                 self.batch_size,
                 self.num_workers,
@@ -113,7 +117,7 @@ class TokenizerSections:
                 advance,
                 plan={
                     "subject": self.subject,
-                    "images": source.manifest() or len(source),
+                    "images": manifest(source) or len(source),
                     "size": [protocol.height, protocol.width],
                     "crop": protocol.crop,
                 },

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ from .tokens.store import TokenStore
 from .tokens.usage import CodebookUsage
 from .variants import Codes, GivenVariant, OriginalsVariant, TokenizerVariant, Variant
 from .weights import Weights
+
+logger = logging.getLogger(__name__)
 
 SuiteName = Literal["quick", "standard", "full"]
 CODECS = ("jpeg", "webp", "avif")
@@ -92,12 +95,15 @@ class Suite:
         protocol: the one asked for, with what the suite adds: hashes of weights and of reference statistics.
         build: makes the evaluations with empty metrics.
         skipped: metrics left out -> why.
+        finish: called with what was found, before anything is computed from it.
+        manifest: names the dataset, see :class:`Settings`; a resumed run must have the same.
     """
 
     protocol: Protocol
     build: Callable[[], list[Evaluation]]
     skipped: dict[str, str] = field(default_factory=dict)
     finish: Callable[[Pass], None] = lambda found: None
+    manifest: str = ""
 
     @property
     def plan(self) -> dict[str, list[str]]:
@@ -136,6 +142,7 @@ class _Builder:
         self.cache, self.cache_key = ReferenceCache(cache_folder() / "references"), ""
         self.inception = self._inception()
         self.trunks = {name: self._weights(name, metric) for name, metric in self._trunk_names().items()}
+        self.protocol = replace(self.protocol, other_weights=settings.weights.unpublished())
 
     @property
     def thorough(self) -> bool:
@@ -168,7 +175,7 @@ class _Builder:
             return evaluations
 
         build()  # notes what is missing
-        return Suite(self.protocol, build, self.skipped, self._finish)
+        return Suite(self.protocol, build, self.skipped, self._finish, self.settings.manifest)
 
     def _main_metrics(self, reference: InceptionReference | None, discrete: bool) -> dict[str, Metric]:
         metrics = self._pixels()
@@ -182,7 +189,6 @@ class _Builder:
             metrics |= self._inception_metrics(reference)
         if discrete:
             metrics |= self._token_metrics()
-        if self.codes is not None:
             metrics |= self._rate()
         return metrics | self._gallery(self.settings.extremes)
 
@@ -279,7 +285,10 @@ class _Builder:
         if not self.cache_key or not isinstance(reference, InceptionReference) or found.unreadable:
             return
         if self.loaded is None:
-            self.cache.save(self.cache_key, reference.statistics(), found.dataset)
+            try:
+                self.cache.save(self.cache_key, reference.statistics(), found.dataset)
+            except (MetricUnavailable, OSError) as error:  # one image; a full disk, or another evaluation that keeps it
+                logger.warning("statistics of the originals are not kept for the next evaluation: %s", error)
         elif self.loaded.content != found.dataset:
             folder = self.cache.folder / self.cache_key
             raise EvaluationError(

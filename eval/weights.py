@@ -49,7 +49,7 @@ class Weights:
     Args:
         folder: looked into first.
         download: fetch what is nowhere to be found, into torch's hub cache.
-        check: refuse files of another hash than the published one. Results keep the hash of what was used either way.
+        check: refuse files of another hash than the published one; otherwise :meth:`unpublished` names them.
     """
 
     def __init__(self, folder: str | Path | None = None, download: bool = True, check: bool = True) -> None:
@@ -57,6 +57,7 @@ class Weights:
         self.download = download
         self.check = check
         self._hashes: dict[Path, str] = {}
+        self._unpublished: dict[str, str] = {}
 
     def find(self, name: str) -> Path:
         """The file of one of :data:`FILES`.
@@ -77,7 +78,13 @@ class Weights:
                 f"{path} is not the published {file.name}: its SHA-256 begins with {found[:8]}, not {file.sha256}; "
                 f"fetch {file.address} again"
             )
+        if not found.startswith(file.sha256):
+            self._unpublished[name] = found[:8]
         return path
+
+    def unpublished(self) -> str:
+        """Names and hashes of what :meth:`find` has found that is not what was published; empty if all was."""
+        return ", ".join(f"{name}:{digest}" for name, digest in sorted(self._unpublished.items()))
 
     def optional(self, name: str) -> Path | None:
         """``<name>.safetensors``, ``.pth`` or ``.bin`` in the folder, for networks that otherwise come from a hub."""

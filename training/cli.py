@@ -203,7 +203,8 @@ def _report(
     print("\nNext:")
     print(f"  vistok encode {images} --tokenizer {export} --out {tokens}")
     if decodes:
-        print(f"  vistok decode {tokens} --tokenizer {export} --out {run_dir / 'decoded'}\n")
+        print(f"  vistok decode {tokens} --tokenizer {export} --out {run_dir / 'decoded'}")
+        print(f"  vistok evaluate {export} --data {images} --out {run_dir / 'evaluation' / 'samples'}\n")
     else:
         print("  train the next stage: initialize it from this run\n")
 

@@ -74,7 +74,8 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"both must have the same features; got {len(first.mean)} and {len(second.mean)}")
     shift = (first.mean - second.mean).square().sum()
-    return float(shift + first.variance + second.variance - 2 * _root_trace(first, second))
+    distance = shift + first.variance + second.variance - 2 * _root_trace(first, second)
+    return float(distance.clamp(min=0))  # equal distributions differ by a rounding error
 
 
 def _root_trace(first: Gaussian, second: Gaussian) -> Tensor:

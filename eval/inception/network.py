@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -18,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ...quantizers.search import full_precision
 from ..metric import MetricUnavailable, Originals, Pairs
+from ..networks import exactly
 from ..protocol import Resize
 from .resize import InceptionResize
 
@@ -85,7 +83,6 @@ class Inception:
         self._stages = stages(network).to(network_dtype).to(self.device, memory_format=torch.channels_last)
         self._network_dtype = network_dtype
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> InceptionFeatures:
         """Features of uint8 images ``(B, 3, H, W)`` on the device of the network.
 
@@ -95,7 +92,7 @@ class Inception:
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 (B, 3, H, W); got {images.dtype} {tuple(images.shape)}")
         at_once = _IMAGES_AT_ONCE.get(self.device.type, _IMAGES_AT_ONCE_ELSEWHERE)
-        with full_precision(self.device), _convolutions(self.device, "tf32" if self.dtype == "tf32" else "ieee"):
+        with exactly(self.device, "tf32" if self.dtype == "tf32" else "ieee"):
             parts = [self._forward(part) for part in images.split(at_once)]
         return InceptionFeatures(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
@@ -109,12 +106,11 @@ class Inception:
             return self.originals(pairs.originals)
         return pairs.once(("inception", id(self)), lambda: self(pairs.reconstructions))
 
-    @torch.no_grad()
     def logits(self, pool: Tensor, *, bias: bool = False) -> Tensor:
         """The classifier's logits ``(B, 1008)`` of features ``(B, 2048)``; inception scores leave the bias out."""
-        with full_precision(self.device):
+        with exactly(self.device):
             logits = pool.to(self._classifier) @ self._classifier.T
-        return logits + self._classifier_bias if bias else logits
+            return logits + self._classifier_bias if bias else logits
 
     def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x = self.resize(images).to(self._network_dtype, memory_format=torch.channels_last)  # (B, 3, 299, 299)
@@ -163,18 +159,3 @@ def stages(network: nn.Module) -> nn.ModuleList:
     top = "Mixed_6e Mixed_7a Mixed_7b Mixed_7c"
     parts = [f"{trunk} {blocks}".split(), top.split()]
     return nn.ModuleList(nn.Sequential(*(getattr(network, name) for name in part)) for part in parts)
-
-
-@contextmanager
-def _convolutions(device: torch.device, precision: str) -> Iterator[None]:
-    """Run convolutions on CUDA in TF32 or in plain float32, and leave the global setting as it was."""
-    if device.type != "cuda":
-        yield
-        return
-    settings = torch.backends.cudnn.conv
-    before = settings.fp32_precision
-    settings.fp32_precision = precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

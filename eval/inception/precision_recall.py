@@ -81,14 +81,14 @@ def precision_recall(
     centre = torch.from_numpy(np.mean(reference, 0, dtype=np.float64)).float().to(device)
     with full_precision(torch.device(device)):
         radii, reference_radii = (_radii(table, centre, neighbours) for table in (features, reference))
-        inside = _inside(features, reference, reference_radii, centre)
-        covered = _inside(reference, features, radii, centre)
-    return inside, covered
+        return _shares(features, reference, radii, reference_radii, centre)
 
 
-def _blocks(table: np.ndarray, centre: Tensor) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(table), _BLOCK):
-        yield start, torch.from_numpy(np.array(table[start : start + _BLOCK])).to(centre) - centre
+def _blocks(table: np.ndarray, centre: Tensor, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """Places and centred rows, from the row ``first`` on."""
+    for start in range(first, len(table), _BLOCK):
+        places = slice(start, min(start + _BLOCK, len(table)))
+        yield places, torch.from_numpy(np.array(table[places])).to(centre) - centre
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -98,26 +98,34 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _radii(table: np.ndarray, centre: Tensor, neighbours: int) -> Tensor:
-    """Squared distance ``(N,)`` of every row to a neighbour in its own table; the row itself does not count."""
-    radii = []
-    for start, block in _blocks(table, centre):
-        nearest = block.new_empty(len(block), 0)
-        for other, rows in _blocks(table, centre):
+    """Squared distance ``(N,)`` of every row to a neighbour in its own table; the row itself does not count.
+
+    Every two blocks of rows are compared once, for the neighbours of both.
+    """
+    nearest = centre.new_full((len(table), neighbours), torch.inf)
+
+    def take(places: slice, distances: Tensor) -> None:
+        candidates = torch.cat([nearest[places], distances], 1)
+        nearest[places] = candidates.topk(neighbours, largest=False).values
+
+    for places, block in _blocks(table, centre):
+        take(places, _squared_distances(block, block).fill_diagonal_(torch.inf))
+        for others, rows in _blocks(table, centre, places.stop):
             distances = _squared_distances(block, rows)
-            if other == start:
-                distances.fill_diagonal_(torch.inf)
-            candidates = torch.cat([nearest, distances], 1)
-            nearest = candidates.topk(min(neighbours, candidates.shape[1]), largest=False).values
-        radii.append(nearest[:, -1])
-    return torch.cat(radii)
+            take(places, distances)
+            take(others, distances.T)
+    return nearest.amax(1)
 
 
-def _inside(points: np.ndarray, centres: np.ndarray, radii: Tensor, centre: Tensor) -> float:
-    """Share of points that lie in one of the balls."""
-    inside = 0
-    for _, block in _blocks(points, centre):
-        found = torch.zeros(len(block), dtype=torch.bool, device=block.device)
-        for start, rows in _blocks(centres, centre):
-            found |= (_squared_distances(block, rows) <= radii[start : start + len(rows)]).any(1)
-        inside += int(found.sum())
-    return inside / len(points)
+def _shares(x: np.ndarray, y: np.ndarray, x_radii: Tensor, y_radii: Tensor, centre: Tensor) -> tuple[float, float]:
+    """Share of the rows of ``x`` that lie in a ball around one of ``y``, and of those of ``y`` in a ball around ``x``.
+
+    One matrix of distances answers both.
+    """
+    x_inside, y_inside = (torch.zeros(len(table), dtype=torch.bool, device=centre.device) for table in (x, y))
+    for places, block in _blocks(x, centre):
+        for others, rows in _blocks(y, centre):
+            distances = _squared_distances(block, rows)
+            x_inside[places] |= (distances <= y_radii[others]).any(1)
+            y_inside[others] |= (distances <= x_radii[places].unsqueeze(1)).any(0)
+    return int(x_inside.sum()) / len(x), int(y_inside.sum()) / len(y)

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..metric import Metric, MetricUnavailable, Pairs, State
 from ..protocol import InceptionScore as Convention
@@ -70,10 +71,11 @@ class InceptionScore(Metric):
         logs = logits.double().log_softmax(1)
         probabilities = logs.exp()
         self._to(logits.device)
-        split = self.split_of[places].to(logits.device)
-        self._counts.index_add_(0, split, torch.ones_like(split, dtype=torch.float64))
-        self._probabilities.index_add_(0, split, probabilities)
-        self._negative_entropies.index_add_(0, split, (probabilities * logs).sum(1))
+        # A product instead of an index_add, which CUDA adds up in another order every time.
+        members = F.one_hot(self.split_of[places], len(self._counts)).T.to(probabilities)  # (S, B)
+        self._counts += members.sum(1)
+        self._probabilities.addmm_(members, probabilities)
+        self._negative_entropies.addmv_(members, (probabilities * logs).sum(1))
 
     def state_dict(self) -> State:
         return {

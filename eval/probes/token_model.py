@@ -85,7 +85,7 @@ def token_model_probe(
     test, validation, train = _split(len(tokens), generator)
     counts, _ = _count(data, train)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators too
         model = TokenModel(slots, width, layers, heads, data.num_classes)
     model.start_as(counts)
     model.to(device)

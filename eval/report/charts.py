@@ -41,12 +41,14 @@ class Axis:
         log: logarithmic; values that are not positive are left out.
         ticks: where to put ticks; round numbers if empty.
         zero: the axis begins at 0.
+        whole: values are counts, so ticks are whole numbers.
     """
 
     label: str
     log: bool = False
     ticks: Sequence[float] = ()
     zero: bool = False
+    whole: bool = False
 
 
 class _Scale:
@@ -72,7 +74,8 @@ class _Scale:
         if self.axis.ticks:
             return list(self.axis.ticks)
         if not self.axis.log:
-            return linear_ticks(self.low, self.high)
+            ticks = linear_ticks(self.low, self.high)
+            return [tick for tick in ticks if tick == round(tick)] if self.axis.whole else ticks
         return log_ticks(10**self.low, 10**self.high)
 
 
@@ -147,7 +150,7 @@ def bar_chart(bars: Sequence[tuple[str, float]], x_label: str, y: Axis, title: s
     bars = [(name, value) for name, value in bars if value is not None and math.isfinite(value)]
     if not bars:
         return ""
-    up = _Scale(Axis(y.label, zero=True), [value for _, value in bars], HEIGHT - _BOTTOM, _TOP)
+    up = _Scale(Axis(y.label, zero=True, whole=y.whole), [value for _, value in bars], HEIGHT - _BOTTOM, _TOP)
     slot = (WIDTH - _LEFT - _RIGHT) / len(bars)
     gap = min(6.0, 0.2 * slot)
     longest = max(len(name) for name, _ in bars) * _LETTER + 8

@@ -22,6 +22,7 @@ from .names import metric_name, sort_names
 
 _WARNING = "These rows were measured in different ways and are NOT comparable"
 _BEST = " ★"
+_WIDTH, _LABEL = 120, 28  # columns of a terminal; longer names of results stand below the table
 
 
 class ProtocolMismatch(ValueError):
@@ -44,45 +45,52 @@ class Comparison:
     Attributes:
         rows: in the order of their paths.
         differences: field of the protocol -> its value in every row, for the fields in which rows differ.
+        chosen: metrics to show, in their order; all if empty.
     """
 
     rows: list[Row]
     differences: dict[str, list[Any]]
+    chosen: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
-        """Names of all metrics that some row has."""
-        return sort_names({metric for row in self.rows for metric in _metrics(row)})
+        """Names of the metrics that are shown: those chosen, or all that some row has."""
+        return list(self.chosen) or sort_names({metric for row in self.rows for metric in _metrics(row)})
 
     def best(self, metric: str) -> set[int]:
-        """Numbers of the rows with the best value: none if rows are not comparable or only one has a value."""
-        higher = metric_name(metric).higher_is_better
+        """Numbers of the rows with the best value, at the digits that are shown.
+
+        None if rows are not comparable, or all that have a value show the same.
+        """
+        name = metric_name(metric)
         values = {
             number: _metrics(row)[metric]
             for number, row in enumerate(self.rows)
             if not row.results.partial and math.isfinite(_metrics(row).get(metric, math.nan))
         }
-        if self.differences or higher is None or len(values) < 2:
+        shown = {number: name.number(value) for number, value in values.items()}
+        if self.differences or name.higher_is_better is None or len(set(shown.values())) < 2:
             return set()
-        target = max(values.values()) if higher else min(values.values())
-        return {number for number, value in values.items() if value == target}
+        target = name.number(max(values.values()) if name.higher_is_better else min(values.values()))
+        return {number for number, text in shown.items() if text == target}
 
     def text(self) -> str:
-        """For a terminal; the best values carry a star."""
+        """For a terminal: a line per metric, a column per result; the best values carry a star."""
         head, rows = self._cells(lambda value: f"{value}{_BEST}")
-        widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+        legend = []
+        if max(len(row[0]) for row in rows) > _LABEL:
+            legend = [f"[{number}] {row[0]}" for number, row in enumerate(rows, 1)]
+            rows = [[f"[{number}]", *row[1:]] for number, row in enumerate(rows, 1)]
+        columns = []
+        for row in rows:  # digits stand below digits: a star takes the place of blanks
+            cells = [cell if cell.endswith(_BEST) else cell + " " * len(_BEST) for cell in row]
+            columns.append([cell.rjust(max(map(len, cells))) for cell in cells])
+        titles = [title.ljust(max(map(len, head[1:]))) for title in ["", *head[1:]]]
         lines = []
-        for row in [head, *rows]:
-            # Digits stand below digits: a star takes the place of blanks.
-            cells = [
-                cell.ljust(width)
-                if column == 0
-                else (cell if cell.endswith(_BEST) else cell + " " * len(_BEST)).rjust(width + len(_BEST))
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        lines.insert(1, "-" * max(len(line) for line in lines))
-        return "\n".join([*self._notes(above=True), "", *lines, "", *self._notes(above=False)]).rstrip()
+        for block in _fold(columns, _WIDTH - len(titles[0])):
+            shown = ["  ".join(cells).rstrip() for cells in zip(titles, *block, strict=True)]
+            lines += ["", shown[0], "-" * max(map(len, shown)), *shown[1:]]
+        return "\n".join([*self._notes(above=True), *lines, "", *legend, *self._notes(above=False)]).rstrip()
 
     def markdown(self) -> str:
         """For a README; the best values are bold."""
@@ -165,7 +173,8 @@ class Comparison:
                     "The hash of each row's protocol is given.",
                 ]
             data = self.rows[0].results.data.get("name", "unknown data")
-            return [f"{protocol.num_images:,} images of {data}, protocol {protocol.preset} {protocol.hash}"]
+            other = f", NOT by the published weights ({protocol.other_weights})" if protocol.other_weights else ""
+            return [f"{protocol.num_images:,} images of {data}, protocol {protocol.preset} {protocol.hash}{other}"]
         notes = [f"{row.label} is partial: {row.results.partial}" for row in self.rows if row.results.partial]
         for row in self.rows:
             reasons: dict[str, list[str]] = {}
@@ -175,17 +184,18 @@ class Comparison:
         return notes
 
 
-def compare(paths: Sequence[str | Path], force: bool = False) -> Comparison:
+def compare(paths: Sequence[str | Path], force: bool = False, metrics: Sequence[str] = ()) -> Comparison:
     """Read results and put them side by side.
 
     Args:
         paths: of files ``results.json``, or of the folders that hold one.
         force: also if their protocols differ.
+        metrics: which to show, in this order; all if empty.
 
     Raises:
         FileNotFoundError: for a path where there is no result.
         ProtocolMismatch: if protocols differ; names the fields and their values.
-        ValueError: for no paths, or a file that is not a result.
+        ValueError: for no paths, a file that is not a result, or a metric that no result has.
     """
     if not paths:
         raise ValueError("compare needs at least one result; got none")
@@ -204,7 +214,24 @@ def compare(paths: Sequence[str | Path], force: bool = False) -> Comparison:
             f"results of different protocols do not belong in one table:\n  {fields}\n"
             f"evaluate them in one way, or force the table, which then says so"
         )
-    return Comparison(rows, differences)
+    unknown = set(metrics) - set(Comparison(rows, {}).metrics)
+    if unknown:
+        known = ", ".join(Comparison(rows, {}).metrics)
+        raise ValueError(f"metrics: no result has {', '.join(sorted(unknown))}; they have {known}")
+    return Comparison(rows, differences, tuple(dict.fromkeys(metrics)))
+
+
+def _fold(columns: list[list[str]], width: int) -> list[list[list[str]]]:
+    """Columns in groups that fit into a width, at least one in each."""
+    groups: list[list[list[str]]] = []
+    left = 0
+    for column in columns:
+        left -= 2 + len(column[0])
+        if left < 0:
+            groups.append([])
+            left = width - 2 - len(column[0])
+        groups[-1].append(column)
+    return groups
 
 
 def _fields(rows: Sequence[Row], differences: dict[str, list[Any]]) -> list[str]:

@@ -31,6 +31,7 @@ _CARDS = (
     "perplexity",
     "bits_per_pixel",
 )
+_SHARE = 0.005  # of the time, that a stage needs for a line of its own
 _COLUMNS = 8  # metrics in one table of variants, so that it fits on paper
 _ON_THE_SAME_IMAGES = ("rate_distortion", "adaptive_length", "pfid")  # the other sections have images of their own
 
@@ -66,6 +67,7 @@ def report(results: Results, galleries: Mapping[str, Gallery] | None = None) -> 
         parts.append((title, _basis(results) if name in _ON_THE_SAME_IMAGES else "", body))
     parts += [
         ("Behind the numbers", _basis(results), _details(results)),
+        ("Every variant", _basis(results), _other_variants(results)),
         ("Protocol and subject", "", _protocol(results)),
         ("Images that could not be read", "", _unreadable(results)),
         ("Time", "", _timing(results)),
@@ -117,6 +119,9 @@ def _header(results: Results) -> str:
     if results.partial:
         reason = f"{text(results.partial)}. Not comparable with results on all images."
         banner = f'<div class="banner" role="note"><strong>PARTIAL</strong> {reason}</div>'
+    if protocol.other_weights:
+        reason = f"judged by {text(protocol.other_weights)}. Comparable only where these are the same."
+        banner += f'<div class="banner" role="note"><strong>NOT THE PUBLISHED WEIGHTS</strong> {reason}</div>'
     name = text(results.subject.get("name", "Evaluation"))
     return f'<header><p class="eyebrow">Vistok evaluation</p><h1>{name}</h1>{banner}<dl class="facts">{entries}</dl>'
 
@@ -144,9 +149,9 @@ def _skipped(results: Results) -> str:
     for metric, reason in results.skipped.items():
         reasons.setdefault(reason, []).append(metric_name(metric).title)
     entries = "".join(
-        f"<li><b>{text(names)} not computed</b> <span>{text(reason)}</span></li>" for reason, names in reasons.items()
+        f"<li><b>{text(', '.join(names))}</b> <span>{text(reason)}</span></li>" for reason, names in reasons.items()
     )
-    return f'<ul class="missing">{entries}</ul>' if entries else ""
+    return f'<div class="missing"><h3>Not computed</h3><ul>{entries}</ul></div>' if entries else ""
 
 
 def _numbers(results: Results) -> str:
@@ -158,7 +163,12 @@ def _numbers(results: Results) -> str:
         [metric_title(metric), metric_name(metric).number(values[metric]), text(metric_name(metric).definition)]
         for metric in sort_names(set(values))
     ]
-    parts = [table(["Metric", "Value", "Meaning"], rows, text(main.name), ["t", "", "t soft"])] if rows else []
+    return table(["Metric", "Value", "Meaning"], rows, text(main.name), ["t", "", "t soft"]) if rows else ""
+
+
+def _other_variants(results: Results) -> str:
+    """The numbers of lengths, codecs and perturbed tokens, a table per kind: long, so behind the charts."""
+    parts = []
     for kind in dict.fromkeys(variant.kind for variant in results.variants[1:]):
         variants = [variant for variant in results.variants[1:] if variant.kind == kind]
         metrics = sort_names({metric for variant in variants for metric in variant.metrics} - {"bits_per_pixel"})
@@ -169,15 +179,14 @@ def _numbers(results: Results) -> str:
 
 
 def _variants(variants: list[VariantResult], metrics: list[str]) -> str:
-    rows = [
-        [
-            text(variant.name),
-            metric_name("bits_per_pixel").number(variant.bits_per_pixel),
-            *(metric_name(metric).number(variant.metrics.get(metric)) for metric in metrics),
-        ]
-        for variant in variants
-    ]
-    return table(["Variant", *(metric_title(metric) for metric in ["bits_per_pixel", *metrics])], rows)
+    rated = [] if all(variant.bits_per_pixel is None for variant in variants) else ["bits_per_pixel"]
+    rows = []
+    for variant in variants:
+        values = {**variant.metrics, "bits_per_pixel": variant.bits_per_pixel}
+        rows.append(
+            [text(variant.name), *(metric_name(metric).number(values.get(metric)) for metric in [*rated, *metrics])]
+        )
+    return table(["Variant", *(metric_title(metric) for metric in [*rated, *metrics])], rows)
 
 
 def _details(results: Results) -> str:
@@ -205,9 +214,21 @@ def _unreadable(results: Results) -> str:
 
 
 def _timing(results: Results) -> str:
+    """Seconds by stage, the longest first; stages of less than a two hundredth together."""
     total = sum(results.timing.values())
+    stages = sorted(results.timing.items(), key=lambda item: -item[1])
+    shown = [(_stage(name), seconds) for name, seconds in stages if seconds >= _SHARE * total]
+    if len(shown) < len(stages):
+        shown.append((f"{len(stages) - len(shown)} more", sum(seconds for _, seconds in stages[len(shown) :])))
     rows = [
-        [text(stage), f"{seconds:,.1f}", f"{100 * seconds / total:.1f}" if total else "–"]
-        for stage, seconds in sorted(results.timing.items(), key=lambda item: -item[1])
+        [text(stage), f"{seconds:,.1f}", f"{100 * seconds / total:.1f}" if total else "–"] for stage, seconds in shown
     ]
     return table(["Stage", "Seconds", "%"], rows) if rows else ""
+
+
+def _stage(name: str) -> str:
+    """``metric/rfid`` and the like, in words."""
+    kind, _, part = name.partition("/")
+    if kind == "metric":
+        return metric_name(part).title
+    return f"reconstruct: {KINDS.get(part, part).lower()}" if kind == "reconstruct" else name

@@ -78,7 +78,8 @@ def _targets(records: Sequence[Mapping[str, Any]], families: Sequence[str]) -> s
             reached = record.get("families", {}).get(family)
             rate = reached.get("bits_per_pixel") if reached else None
             tokens = reached.get("num_tokens") if reached else None
-            cells.append("–" if rate is None else f"{rate:.3g}" + (f" ({text(tokens)} tokens)" if tokens else ""))
+            unit = "token" if tokens == 1 else "tokens"
+            cells.append("–" if rate is None else f"{rate:.3g}" + (f" ({text(tokens)} {unit})" if tokens else ""))
         sign = {True: "≥", False: "≤", None: "="}[name.higher_is_better]
         rows.append([f"{text(name.title)} {sign} {text(record.get('target'))} {text(name.unit)}".strip(), *cells])
     return table(["Target", *(text(family.removesuffix(_BEST_SCALE)) for family in families)], rows)
@@ -98,10 +99,12 @@ def adaptive_length(section: Mapping[str, Any]) -> str:
             if rule.get("rule") == "full length":
                 goal = f"{name.title} within {text(rule.get('target'))} of the full length"
             bars = [(text(length), count) for length, count in rule.get("histogram", ())]
-            svg = bar_chart(bars, "shortest number of tokens", Axis("images"), goal)
-            figures.append((goal, svg))
-            cells = [rule.get("mean_tokens"), None, rule.get("unreached")]
-            rows.append([text(goal), text(cells[0]), name.number(rule.get("mean_value")), text(cells[2])])
+            if any(count for _, count in bars):
+                svg = bar_chart(bars, "shortest number of tokens", Axis("images", whole=True), goal)
+                figures.append((goal, svg))
+            mean = rule.get("mean_tokens")
+            tokens = "–" if mean is None else f"{mean:,.1f}"
+            rows.append([text(goal), tokens, name.number(rule.get("mean_value")), text(rule.get("unreached"))])
         worse = (found.get("violations") or {}).get("images")
         parts.append(f"<h3>{metric_title(metric)}</h3>")
         if worse is not None:

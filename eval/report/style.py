@@ -46,9 +46,10 @@ nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 .card p{margin:.1em 0 0;font-size:1.6rem;font-weight:650;letter-spacing:-.02em;line-height:1.2}
 .card p small{font-size:.85rem;font-weight:400;color:var(--soft);letter-spacing:0}
 .card .n{font-size:.75rem;font-weight:400;color:var(--soft);letter-spacing:0;line-height:1.35;margin-top:.35em}
-.missing{margin:0 0 1.2em;padding:0;list-style:none;font-size:.88rem}
-.missing li{border:1px dashed var(--line);border-radius:8px;padding:10px 16px;margin:0 0 8px;overflow-wrap:anywhere}
-.missing b{display:block}.missing span{color:var(--soft)}
+.missing{border:1px dashed var(--line);border-radius:8px;padding:10px 16px;margin:0 0 1.2em;font-size:.85rem}
+.missing h3{margin:0 0 .3em;font-size:.85rem}.missing ul{margin:0;padding:0;list-style:none}
+.missing li{margin:0 0 .25em;overflow-wrap:anywhere}
+.missing b{font-weight:600}.missing b::after{content:":"}.missing span{color:var(--soft)}
 .scroll{overflow-x:auto;margin:0 0 1.4em;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.875rem;min-width:min(100%,420px)}
 caption{text-align:left;color:var(--soft);font-size:.82rem;padding:0 0 .6em}
@@ -135,7 +136,7 @@ figure,.card,.pair,.strip,tr,.missing li{break-inside:avoid}
 .charts{grid-template-columns:1fr 1fr;gap:10pt}.pairs{grid-template-columns:repeat(3,1fr);gap:8pt}
 .js .strips,.strips{grid-template-columns:1fr;gap:8pt}.js .strip,.strip{flex-wrap:wrap}
 .js .strip figure,.strip figure{flex:0 0 calc((100% - 36px)/7)}
-.basis,.note,footer,.strip>p{font-size:7.5pt}
+.basis,.note,footer,.strip>p{font-size:7.5pt}.missing,dl.values,ul.lines{font-size:8pt}
 figcaption,.pair figcaption{font-size:6.5pt}.pair figcaption{display:block}.pair figcaption b{padding-left:6pt}
 .charts figcaption{font-size:8.5pt}.legend{font-size:7.5pt}}
 """

@@ -42,7 +42,7 @@ class PARSeqRecognizer:
         path = None if weights is None else Path(weights).expanduser()
         if path is None or not path.is_file():
             found = "no file was named" if path is None else f"there is no {path}"
-            raise MetricUnavailable(f"PARSeq has no weights: {found}; fetch {ADDRESS} and pass its path as weights")
+            raise MetricUnavailable(f"PARSeq has no weights: {found}; fetch {ADDRESS} and give --recognizer-weights")
         try:
             import doctr
             from doctr.models.recognition import parseq

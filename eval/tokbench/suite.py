@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +95,42 @@ def tokbench(
     return sections
 
 
+def forget(folder: Path) -> None:
+    """Remove what :func:`tokbench` keeps for a run that is killed, and the folder if nothing else is in it."""
+    shutil.rmtree(folder / "tokbench", ignore_errors=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def summary(sections: dict[str, Any]) -> str:
-    """The scores as a small table of text."""
+    """The scores as a small table of text; a dash where there was nothing to read or to compare."""
     lines = []
     for kind, part in sections.items():
-        for score in next(iter(part["rows"].values())):
-            buckets = list(next(iter(part["rows"].values()))[score])
-            lines.append(f"{kind} {score:<12}" + "".join(f"{bucket:>9}" for bucket in buckets))
-            for row, scores in part["rows"].items():
+        rows: dict[str, dict[str, dict[str, float | None]]] = part.get("rows", {})
+        for score in dict.fromkeys(score for scores in rows.values() for score in scores):
+            title, scale, decimals = _SCORES.get((kind, score), (f"{kind} {score}", 1.0, 3))
+            buckets = list(next(iter(rows.values()))[score])
+            lines.append(f"{title:<12}" + "".join(f"{bucket:>9}" for bucket in buckets))
+            for row, scores in rows.items():
                 cells = (scores[score][bucket] for bucket in buckets)
-                lines.append(f"  {row:<16}" + "".join(f"{cell:9.3f}" for cell in cells))
-        if not part["comparable"]:
+                lines.append(f"  {row:<10}" + "".join(f"{_cell(cell, scale, decimals):>9}" for cell in cells))
+        counts = part.get("counts", {})
+        if counts:
+            lines.append(f"  {'N':<10}" + "".join(f"{count:>9,}" for count in counts.values()))
+        if not part.get("comparable", True):
             lines.append(f"not comparable with published numbers: {part['reason']}")
     return "\n".join(lines)
+
+
+_SCORES = {
+    ("text", "accuracy"): ("T-ACC, %", 100.0, 1),
+    ("text", "similarity"): ("T-NED, %", 100.0, 1),
+    ("faces", "similarity"): ("F-Sim", 1.0, 3),
+}
+
+
+def _cell(value: float | None, scale: float, decimals: int) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{scale * value:.{decimals}f}"
 
 
 def _bar(progress: Progress, title: str, annotations: Annotations) -> AbstractContextManager[Callable[[int], None]]:

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..metric import MetricUnavailable
 from .annotations import AnnotatedImage, Annotations, Word, text_ratio
 from .buckets import text_buckets
 
@@ -27,6 +28,7 @@ _WORDS = (
     "turtle valley velvet village violet walnut water weather window winter wonder yellow yogurt zebra zipper"
 ).split()
 _CLEAR = [c for c in string.ascii_letters + string.digits if c not in "0OoIl1cCsSvVwWxXzZuUkKpP"]
+SMALLEST_SIZE = 64  # below, even short words of the largest bucket are longer than a page
 _STRETCH = 1.6  # large words reach up to this multiple of where their bucket begins
 
 
@@ -52,10 +54,13 @@ def synthetic_text(pages: int = 24, size: int = 256, seed: int = 0) -> Annotatio
         seed: other seeds make other pages.
 
     Raises:
-        ValueError: for fewer than one page, or a size without buckets.
+        ValueError: for fewer than one page.
+        MetricUnavailable: for a size at which the words of the largest bucket are longer than a page.
     """
     if pages < 1:
         raise ValueError(f"pages must be at least 1; got {pages}")
+    if size < SMALLEST_SIZE:
+        raise MetricUnavailable(f"generated pages of text need images of at least {SMALLEST_SIZE} pixels; got {size}")
     images = []
     for number in range(pages):
         width, height, prints = _layout(number, size, seed)

@@ -35,10 +35,10 @@ class DigitStatistics:
         device = indices.device
         kept = (indices >= 0).all(1, keepdim=True)
         digits = unpack_digits(indices.clamp(min=0), self.sizes).flatten(1)  # (n, D)
-        self.counts, self.products = self.counts.to(device), self.products.to(_exact(device))
+        self.counts, self.products = self.counts.to(device), self.products.to(_summing(device))
         slots = torch.arange(len(self.all_sizes), device=device) * self.counts.shape[1] + digits
         self.counts.view(-1).scatter_add_(0, slots.flatten(), kept.expand_as(slots).long().flatten())
-        values = torch.where(kept, digits, 0).to(self.products)
+        values = torch.where(kept, digits, 0).to(self.products.device).double()  # (n, D)
         self.products += values.t() @ values
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -68,5 +68,6 @@ class DigitStatistics:
         return torch.where(varies.outer(varies), covariance / scale.outer(scale).clamp(min=1e-30), 0.0)
 
 
-def _exact(device: torch.device) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+def _summing(device: torch.device) -> torch.device:
+    """Where float64 is added up for a device."""
+    return torch.device("cpu") if device.type == "mps" else device

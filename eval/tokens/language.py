@@ -25,9 +25,9 @@ import numpy as np
 
 from ...tokenizers.base import Stream
 from ..metric import Metric, MetricUnavailable, Pairs, State
+from .curves import log_spaced
 from .store import TokenStore, pooled
 
-_POINTS = 64  # of a curve
 _WORD_BITS = 62  # a word is an int64
 _XZ_BYTES = 1 << 22
 
@@ -212,7 +212,7 @@ def _information(before: np.ndarray, words: np.ndarray) -> tuple[float, float, f
 
 def _innovation(first: np.ndarray, ids: np.ndarray, left: tuple[np.ndarray, np.ndarray]) -> dict[str, list[int]]:
     """How many words, and pairs of neighbours, are known after some numbers of images."""
-    images = _spread(len(ids))
+    images = np.array(log_spaced(len(ids)))
     curve = {
         "images": images.tolist(),
         "tokens": np.cumsum((ids >= 0).sum(1))[images - 1].tolist(),
@@ -236,7 +236,7 @@ def _heaps(curve: dict[str, list[int]], first: np.ndarray) -> dict[str, float]:
 
 def _ranked(counts: np.ndarray) -> dict[str, list[int]]:
     """Counts in descending order, at some ranks."""
-    ranks = _spread(len(counts))
+    ranks = np.array(log_spaced(len(counts)))
     return {"rank": ranks.tolist(), "count": np.sort(counts)[::-1][ranks - 1].tolist()}
 
 
@@ -281,8 +281,3 @@ def _slope(x: np.ndarray, y: np.ndarray) -> float:
     if len(x) < 2 or np.ptp(x) == 0:
         return math.nan
     return float(np.polyfit(x, y, 1)[0])
-
-
-def _spread(last: int) -> np.ndarray:
-    """Whole numbers from 1 to ``last``, evenly spaced in their logarithm."""
-    return np.unique(np.round(np.geomspace(1, last, _POINTS)).astype(np.int64))

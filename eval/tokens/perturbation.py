@@ -29,6 +29,7 @@ from ..metric import MetricUnavailable, Originals
 from ..variants import Codes
 from .code_neighbours import Codebook, codebooks, ranked
 from .counter_draws import DRAW_BITS, counter_draws
+from .store import side_by_side
 
 DELTAS = {16384: (200, 280, 360), 8192: (100, 140, 180), 4096: (50, 70, 90), 1024: (10, 15, 20)}
 _LATENT_BLOCK = 1 << 22  # neighbours of latents looked up at a time
@@ -94,7 +95,7 @@ class TokenPerturbation:
         """
         tokens = self.codes.tokens(originals)
         draws, others = originals.once(("perturbation", id(self)), lambda: self._prepare(originals, tokens))
-        flat = _flat(tokens)  # (B, L)
+        flat = side_by_side(tokens)  # (B, L)
         changed = self._chosen(draws, alpha)[:, self._places(tokens)]  # (B, L)
         flat = replace_tokens(flat.unsqueeze(2), others[strength].unsqueeze(2), changed).squeeze(2)
         parts = flat.split([stream.length * stream.num_subcodes for stream in tokens.layout], 1)
@@ -106,7 +107,7 @@ class TokenPerturbation:
 
     def _prepare(self, originals: Originals, tokens: Tokens) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Draws that choose among P places ``(B, P)`` and which places hold a token; codes to take, ``(3, B, L)``."""
-        flat = _flat(tokens)
+        flat = side_by_side(tokens)
         places = self._places(tokens)
         number = sum(stream.length * len(books) for stream, books in zip(tokens.layout, self.books, strict=True))
         choice, rank = (
@@ -177,11 +178,6 @@ class TokenPerturbation:
                 start += stream.length * len(books)
             self._known[tokens.layout] = torch.cat(places)
         return self._known[tokens.layout].to(next(iter(tokens.indices.values())).device)
-
-
-def _flat(tokens: Tokens) -> Tensor:
-    """All codes of an image side by side, ``(B, L)``."""
-    return torch.cat([tokens.indices[stream.name].flatten(1) for stream in tokens.layout], 1)
 
 
 def _stream_codebooks(tokenizer: Tokenizer) -> list[list[Codebook]]:

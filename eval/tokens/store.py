@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...tokenizers.base import Stream, Tokens
 from ..metric import Metric, MetricUnavailable, Pairs, State
@@ -34,8 +35,7 @@ class TokenStore(Metric):
     def update(self, pairs: Pairs) -> None:
         tokens = tokens_of(pairs)
         rows = self._table(tokens.layout)
-        flat = torch.cat([tokens.indices[stream.name].flatten(1) for stream in tokens.layout], 1)  # (B, L)
-        rows.append(pairs.index, flat)
+        rows.append(pairs.index, side_by_side(tokens))
 
     def state_dict(self) -> State:
         if self._rows is None:
@@ -95,6 +95,11 @@ def tokens_of(pairs: Pairs) -> Tokens:
     if pairs.tokens is None:
         raise MetricUnavailable("these reconstructions were not decoded from tokens")
     return pairs.tokens
+
+
+def side_by_side(tokens: Tokens) -> Tensor:
+    """All codes of an image, stream after stream, ``(B, L)``; -1 where a token is dropped."""
+    return torch.cat([tokens.indices[stream.name].flatten(1) for stream in tokens.layout], 1)
 
 
 def same_layout(known: tuple[Stream, ...], layout: tuple[Stream, ...]) -> None:

@@ -20,13 +20,13 @@ from ...quantizers.base import COUNTS_LIMIT
 from ...tokenizers.base import Stream
 from ..metric import Metric, MetricUnavailable, Pairs, State
 from .codebook import LEVELS
+from .curves import log_spaced
 from .digits import DigitStatistics
 from .distinct import Distinct
-from .store import TokenStore, layout_of, layout_state, pooled, same_layout, tokens_of
+from .store import TokenStore, layout_of, layout_state, pooled, same_layout, side_by_side, tokens_of
 
 POSITIONS_LIMIT = 1 << 23  # counters for codes at positions
 _NEVER = torch.iinfo(torch.int64).max
-_POINTS = 64  # of a curve
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class CodebookUsage(Metric):
         tokens = tokens_of(pairs)
         device = tokens.indices[tokens.layout[0].name].device
         self._start(tokens.layout, pairs.reconstructions.shape[2] * pairs.reconstructions.shape[3], device)
-        flat = torch.cat([tokens.indices[stream.name].flatten(1) for stream in tokens.layout], 1)  # (B, L)
+        flat = side_by_side(tokens)  # (B, L)
         self._images.append(pairs.index)
         for table, offsets in ((self._counts, self._count_slots), (self._first, self._first_slots)):
             # The slot in front takes what does not count: dropped tokens, codebooks without counters.
@@ -184,13 +184,16 @@ class CodebookUsage(Metric):
         return Distinct(values, counts[values], self._first[book.first :][: book.size].cpu()[values])
 
     def _stored(self, book: _Book) -> Distinct:
-        found, index, start = [], torch.from_numpy(self.store.index()), 0
+        parts, index, start = [], torch.from_numpy(self.store.index()), 0
         for tokens in self.store.blocks():
             codes = tokens.indices[self.layout[book.stream].name][:, :, book.subcode]  # (n, N)
             images = index[start : start + len(codes)].unsqueeze(1).expand_as(codes)
-            found = [Distinct.union([*found, Distinct.of(codes.flatten(), images.flatten())])]
+            parts.append(Distinct.of(codes.flatten(), images.flatten()))
+            # Only once as much has come as is there: nearly all tokens may differ, and a union sorts all of them.
+            if sum(len(part.values) for part in parts[1:]) > len(parts[0].values):
+                parts = [Distinct.union(parts)]
             start += len(codes)
-        return Distinct.union(found)
+        return Distinct.union(parts)
 
     def _wholes(self, levels: dict[_Book, Distinct]) -> list[tuple[int, Distinct]]:
         """Sizes and used codes of the codebooks, those put together that streams share."""
@@ -266,7 +269,7 @@ def _summary(wholes: Sequence[tuple[int, Distinct]]) -> dict[str, float]:
 
 def _usage_curve(wholes: Sequence[tuple[int, Distinct]], images: Tensor) -> dict[str, list]:
     """Share of the codes that the first n images use, for some n."""
-    numbers = _spread(len(images))
+    numbers = log_spaced(len(images))
     first = torch.cat([found.first for _, found in wholes]).sort().values
     used = torch.searchsorted(first, images[torch.tensor(numbers) - 1], right=True)
     total = sum(size for size, _ in wholes)
@@ -275,7 +278,7 @@ def _usage_curve(wholes: Sequence[tuple[int, Distinct]], images: Tensor) -> dict
 
 def _level(book: _Book, found: Distinct) -> dict[str, Any]:
     counts = found.counts.sort(descending=True).values
-    ranks = _spread(len(counts))
+    ranks = log_spaced(len(counts))
     return {
         "name": book.name,
         "size": book.size,
@@ -297,11 +300,6 @@ def _entropies(table: Tensor) -> Tensor:
     """Entropy of every row of counts, in bits."""
     share = table.double() / table.sum(1, keepdim=True).clamp(min=1)
     return -torch.special.xlogy(share, share).sum(1) / math.log(2) + 0.0
-
-
-def _spread(last: int) -> list[int]:
-    """Whole numbers from 1 to ``last``, evenly spaced in their logarithm."""
-    return sorted({round(last ** (step / (_POINTS - 1))) for step in range(_POINTS)}) if last else []
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -70,6 +70,8 @@ def test_the_quick_suite_writes_results_table_and_report(tokenizers, images, tmp
     printed = capsys.readouterr().out
     assert f"protocol torch-fidelity {results.protocol.hash}" in printed and "psnr" in printed
     assert "skipped rfid: no weights: fetch https://" in printed
+    rate = next(line.split() for line in printed.splitlines() if line.split()[:1] == ["bits_per_pixel"])
+    assert rate == ["bits_per_pixel", "↓", "0.0469", "bpp"]
     page = (out / "report.html").read_text()
     assert results.protocol.hash in page and "titok" in page
 
@@ -137,20 +139,20 @@ def test_a_part_begun_with_kept_statistics_cannot_go_on_without_them(tokenizers,
     evaluate(tokenizers, images, tmp_path / "first")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TokenizerVariant, "reconstruct", interrupt_after(1, TokenizerVariant.reconstruct))
-        assert evaluate(tokenizers, images, tmp_path / "second", "--batch-size", "4") == 2
+        assert evaluate(tokenizers, images, tmp_path / "second", "--batch-size", "4") == 130
     shutil.rmtree(tmp_path / "cache")
     assert evaluate(tokenizers, images, tmp_path / "second", "--resume") == 2
-    assert "statistics of the originals that are no longer kept" in failure(capsys)
+    assert "originals that are no longer kept" in failure(capsys)
 
 
 def interrupt_after(batches, function):
-    """The function, until it is called once more."""
+    """The function, with a Ctrl-C when it is called once more."""
     calls = []
 
     def interrupted(*arguments):
         calls.append(arguments)
         if len(calls) > batches:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return function(*arguments)
 
     return interrupted
@@ -201,7 +203,7 @@ def test_a_subset_is_marked_and_more_images_than_there_are_are_refused(tokenizer
 def test_results_are_not_overwritten_unless_asked(tokenizers, images, tmp_path, capsys):
     evaluate(tokenizers, images, tmp_path / "out", "--num-images", "3")
     assert evaluate(tokenizers, images, tmp_path / "out") == 2
-    assert "results.json exists" in failure(capsys) and "--overwrite" in str(capsys.readouterr()) or True
+    assert "results.json exists (and 2 more files); choose another --out, or give --overwrite" in failure(capsys)
     assert evaluate(tokenizers, images, tmp_path / "out", "--overwrite") == 0
     assert Results.load(tmp_path / "out" / "results.json").evaluated == 7
 
@@ -219,7 +221,7 @@ def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(tokenizers, ima
 
     monkeypatch.setattr(TokenizerVariant, "reconstruct", interrupted)
     out = tmp_path / "out"
-    assert evaluate(tokenizers, images, out, "--batch-size", "2") == 2
+    assert evaluate(tokenizers, images, out, "--batch-size", "2") == 130
     assert "continue with --resume" in failure(capsys)
     assert not (out / "results.json").exists()
     assert evaluate(tokenizers, images, out, "--batch-size", "2") == 2
@@ -230,11 +232,56 @@ def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(tokenizers, ima
     assert "was begun with other settings" in failure(capsys)
     del batches[:]
     assert evaluate(tokenizers, images, out, "--resume") == 0
-    assert batches == [["4.png", "5.png", "6.png"]]
+    assert batches == [["6.png"]]  # the batch in which the signal came was finished
     assert evaluate(tokenizers, images, tmp_path / "whole") == 0
     resumed, whole = (Results.load(path / "results.json") for path in (out, tmp_path / "whole"))
     assert resumed.main == whole.main and resumed.protocol == whole.protocol
-    assert not (out / "parts").exists()
+    assert not (out / "unfinished").exists()
+
+
+def test_a_run_that_was_killed_while_it_wrote_goes_on(tokenizers, images, tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Results, "save", killed)  # after the table and the report
+        assert evaluate(tokenizers, images, tmp_path / "out") == 130
+    assert (tmp_path / "out" / "report.html").exists() and not (tmp_path / "out" / "results.json").exists()
+    assert evaluate(tokenizers, images, tmp_path / "out", "--resume") == 0
+    assert Results.load(tmp_path / "out" / "results.json").evaluated == 7
+
+
+def test_mistakes_do_not_cost_earlier_results(tokenizers, images, tmp_path, capsys):
+    assert evaluate(tokenizers, images, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    for mistake in (["--data", "nowhere"], ["--size", "48"], ["--num-images", "50000"]):
+        assert evaluate(tokenizers, images, tmp_path / "out", "--overwrite", *mistake) == 2
+        assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
+def test_an_evaluation_at_work_is_not_overwritten(tokenizers, images, tmp_path, capsys):
+    held = tmp_path / "out" / "unfinished"
+    held.mkdir(parents=True)
+    (held / "part").write_text("kept")
+    code = "import fcntl, sys; f = open(sys.argv[1], 'wb'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True)"
+    code += "; input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(held / "lock")], stdin=-1, stdout=-1, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        assert evaluate(tokenizers, images, tmp_path / "out", "--overwrite") == 2
+        assert "another evaluation is at work in" in failure(capsys) and (held / "part").exists()
+    finally:
+        other.communicate("\n")
+
+
+def test_many_unreadable_images_are_named_shortly(tokenizers, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vistok.cli.evaluate._NAMED", 2)
+    for number in range(5):
+        (images / f"{number}.png").write_bytes(b"not an image")
+    assert evaluate(tokenizers, images, tmp_path / "out") == 1
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vistok: skipped")]
+    assert len(named) == 3 and named[-1] == "vistok: skipped 3 more"
+    assert len(Results.load(tmp_path / "out" / "results.json").unreadable) == 5
 
 
 def test_lengths_are_for_tokenizers_of_variable_length(tokenizers, images, tmp_path, capsys):
@@ -245,7 +292,15 @@ def test_lengths_are_for_tokenizers_of_variable_length(tokenizers, images, tmp_p
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--data", "nowhere"], "nowhere"),
+        (["--data", "nowhere"], "--data: the image folder 'nowhere' does not exist"),
+        (["--data", "nowhere-{0..1}.tar"], "--data: 2 of 2 do not exist: nowhere-0.tar"),
+        (["--probe-data", "nowhere"], "--probe-data: the image folder 'nowhere' does not exist"),
+        (["--reference", "nowhere.npz"], "--reference: there is no file 'nowhere.npz'"),
+        (["--seed", "-1"], "--seed must be at least 0; got -1"),
+        (["--num-images", "0"], "--num-images must be at least 1; got 0"),
+        (["--num-images", "all"], "--num-images: expected int. Got value: all"),
+        (["--raw-weights"], "--raw-weights is for training checkpoints"),
+        (["a-001.tar", "a-002.tar"], "unrecognized arguments: a-001.tar a-002.tar; put quotes around a pattern"),
         (["--weights", "nowhere"], "--weights: there is no folder 'nowhere'"),
         (["--protocol", "fid"], "expected one of 'torch-fidelity'"),
         (["--resume", "--overwrite"], "give one of them"),
@@ -256,6 +311,14 @@ def test_lengths_are_for_tokenizers_of_variable_length(tokenizers, images, tmp_p
 def test_mistakes_are_one_clear_line(tokenizers, images, tmp_path, capsys, options, complaint):
     assert evaluate(tokenizers, images, tmp_path / "out", *options) == 2
     assert complaint in failure(capsys)
+
+
+def test_an_unknown_device_is_refused_without_torchs_list(tokenizers, images, tmp_path, capsys):
+    words = ["evaluate", str(tokenizers / "titok"), "--data", str(images), "--out", str(tmp_path / "out")]
+    assert main([*words, "--device", "gpu"]) == 2
+    assert failure(capsys).endswith(
+        "--device 'gpu' cannot be used here: there is no such kind of device; try auto or cpu"
+    )
 
 
 def test_weights_of_another_hash_are_refused(tokenizers, images, tmp_path, capsys):
@@ -313,6 +376,12 @@ def test_results_of_one_protocol_compare_and_others_do_not(tokenizers, images, t
     assert "rounding" in complaint and "half_up" in complaint
     assert main(["evaluate", "compare", *folders, "--force", "--format", "csv", "--out", str(tmp_path / "t.csv")]) == 0
     assert (tmp_path / "t.csv").read_text().count("\n") >= 4
+    assert main(["evaluate", "compare", *folders[:2], "--metrics", "psnr, ssim", "--format", "csv"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(",partial,psnr,ssim")
+    assert main(["evaluate", "compare", *folders[:2], "--metrics", "fid"]) == 2
+    assert "no result has fid; they have psnr, " in failure(capsys)
+    assert main(["evaluate", "compare", *folders, str(tmp_path / "nowhere")]) == 2
+    assert f"no results at {tmp_path / 'nowhere'}; " in failure(capsys)
     (tmp_path / "adm" / "results.json").write_text('{"format"')
     assert main(["evaluate", "compare", *folders]) == 2
     assert "is not a result of vistok evaluate" in failure(capsys)
@@ -322,6 +391,8 @@ def test_the_command_line_knows_its_subcommands(capsys):
     for name in ("images", "compare", "tokbench"):
         assert main(["evaluate", name, "--help"]) == 0
         assert capsys.readouterr().out.startswith(f"usage: vistok evaluate {name}")
+    assert main(["evaluate", "imges", "--rec", "a", "--ref", "b", "--out", "c"]) == 2
+    assert "neither a file nor a command 'imges'; did you mean 'images'?" in failure(capsys)
 
 
 @pytest.mark.slow

@@ -245,3 +245,25 @@ def test_dropped_tokens_have_no_digits(tmp_path):
     tokens = tokens_of([[7, -1, -1, 0], [-1, 7, 0, -1]])
     values, _ = usage(tokens, tmp_path, lambda: CodebookUsage(digits=(4, 2)))
     assert values["digit_entropy"] == pytest.approx((0.5 + 1.0) / 2) and values["digit_correlation"] == pytest.approx(1)
+
+
+def test_stored_tokens_are_sorted_a_few_times_however_many_blocks_there_are(tmp_path, monkeypatch):
+    tokens = shared.random_tokens(shared.layout_of((1 << 30,), 8), 64)  # hardly any code comes twice
+    sorted_values = []
+    union, blocks = codebook_usage.Distinct.union.__func__, TokenStore.blocks
+
+    def counted(cls, parts):
+        sorted_values.append(sum(len(part.values) for part in parts))
+        return union(cls, parts)
+
+    monkeypatch.setattr(codebook_usage.Distinct, "union", classmethod(counted))
+    monkeypatch.setattr(TokenStore, "blocks", lambda self: blocks(self, 1))
+
+    def make():
+        store = TokenStore()
+        return [store, CodebookUsage((1 << 30,), (), store)]
+
+    _, metric = shared.gathered(make, tokens, tmp_path)
+    codes = tokens.indices["image"].flatten()
+    assert metric.compute()["dead_codes"] == 2**30 - len(codes.unique())
+    assert sum(sorted_values) < 5 * len(codes)

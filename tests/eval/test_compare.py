@@ -46,11 +46,44 @@ def test_equal_values_are_both_best(save):
 def test_text_marks_the_best_and_names_protocol_and_images(three):
     lines = compare(three).text().splitlines()
     assert lines[0] == f"50,000 images of imagenet val, protocol torch-fidelity {PROTOCOL.hash}"
-    assert lines[2].split()[:4] == ["Result", "N", "rFID", "↓"]
-    assert lines[4].split() == ["titok", "50,000", "1.710", "3.00", "20.00", "0.0200", "★", "–"]
-    assert lines[5].split() == ["ibq", "|", "16k", "50,000", "1.370", "★", "2.00", "22.00", "★", "0.0500", "–"]
+    assert lines[2].split() == ["titok", "ibq", "|", "16k", "vqgan"]
+    assert lines[4].split() == ["N", "50,000", "50,000", "50,000"]
+    assert lines[5].split() == ["rFID", "↓", "1.710", "1.370", "★", "4.500"]
+    assert lines[7].split() == ["PSNR,", "dB", "↑", "20.00", "22.00", "★", "–"]
+    assert lines[8].split() == ["Rate,", "bpp", "↓", "0.0200", "★", "0.0500", "–"]
     assert lines[-1] == "vqgan, PSNR, SSIM not computed: no reason"
-    assert len({line.index("50,000") for line in lines[4:7]}) == 1  # columns stand below each other
+    assert lines[5].index("1.710") + 5 == lines[7].index("20.00") + 5 == lines[8].index("0.0200") + 6
+
+
+def test_text_fits_a_terminal_whatever_the_names_and_their_number(save):
+    names = [f"runs/a-very-long-name-of-a-folder-of-results/{i}" for i in range(14)]
+    text = compare([save(f"{i}.json", name, {"psnr": 20.0 + i}) for i, name in enumerate(names)]).text()
+    assert max(map(len, text.splitlines())) <= 120
+    assert text.count("PSNR, dB ↑") == 2 and text.count("33.00 ★") == 1  # two blocks
+    assert all(f"[{i}] {name}" in text for i, name in enumerate(names, 1))
+    assert all(text.count(f"{20 + i}.00") == 1 for i in range(14))
+
+
+def test_metrics_can_be_chosen_and_come_in_that_order(three):
+    comparison = compare(three, metrics=["psnr", "rfid"])
+    assert comparison.metrics == ["psnr", "rfid"]
+    assert comparison.csv().splitlines()[0].endswith(",partial,psnr,rfid")
+    assert "ris" not in comparison.text() and "Rate" not in comparison.markdown()
+    with pytest.raises(ValueError, match="no result has fid; they have rfid, ris_std, psnr"):
+        compare(three, metrics=["fid", "psnr"])
+
+
+def test_no_value_is_best_where_all_are_equal(save):
+    paths = [save(f"{i}.json", f"model {i}", {"psnr": 21.0 + 1e-9 * i, "rfid": i}) for i in range(3)]
+    assert compare(paths).best("psnr") == set() and compare(paths).best("rfid") == {0}
+
+
+def test_weights_that_were_not_published_are_announced(save):
+    other = replace(PROTOCOL, other_weights="alexnet:01234567")
+    paths = [save(f"{i}.json", f"model {i}", {"psnr": 21.0 + i}, other) for i in range(2)]
+    comparison = compare(paths)
+    for table in (comparison.text(), comparison.markdown(), comparison.html()):
+        assert "NOT by the published weights (alexnet:01234567)" in table
 
 
 def test_markdown_is_a_table_with_bold_best_values(three):

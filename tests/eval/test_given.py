@@ -55,3 +55,12 @@ def test_a_missing_folder_and_a_damaged_file_are_named(tmp_path):
     (tmp_path / "rec/1.png").write_bytes(b"nothing")
     with pytest.raises(ImageError, match=r"rec/1\.png"):
         GivenReconstructions(rec, ref).read(0)
+
+
+def test_the_dataset_is_that_of_the_references(tmp_path):
+    rec, ref = folder(tmp_path / "rec", "1.png"), folder(tmp_path / "ref", "1.png")
+    before = GivenReconstructions(rec, ref).manifest()
+    folder(tmp_path / "rec", "1.png", side=40)
+    assert GivenReconstructions(rec, ref).manifest() == before  # what is known of the originals stays known
+    folder(tmp_path / "ref", "1.png", side=40)
+    assert GivenReconstructions(rec, ref).manifest() != before

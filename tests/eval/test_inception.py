@@ -102,6 +102,26 @@ def test_global_precision_neither_changes_features_nor_is_changed(inception):
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("dtype, convolutions", [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")])
+def test_only_tf32_lets_convolutions_compute_in_it(inception, dtype, convolutions, monkeypatch):
+    settings, seen = torch.backends.cudnn.conv, []
+    before = settings.fp32_precision
+
+    def forward(images):
+        seen.append((settings.fp32_precision, torch.is_grad_enabled()))
+        return images.float().flatten(1), images.float().flatten(1)
+
+    monkeypatch.setattr(inception, "dtype", dtype)
+    monkeypatch.setattr(inception, "_forward", forward)
+    settings.fp32_precision = "tf32" if convolutions == "ieee" else "ieee"
+    try:
+        inception(IMAGES)
+        assert seen == [(convolutions, False)]
+        assert settings.fp32_precision != convolutions
+    finally:
+        settings.fp32_precision = before
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_convolutions_on_cuda_run_without_tf32_and_leave_the_setting(weights, theirs):
     settings = torch.backends.cudnn.conv

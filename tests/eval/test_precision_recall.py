@@ -31,7 +31,7 @@ def clouds(number=150, other=110, dim=6):
 
 
 @pytest.mark.parametrize("neighbours", [1, 3])
-@pytest.mark.parametrize("block", [7, 64, 2048])
+@pytest.mark.parametrize("block", [2, 7, 64, 2048])
 def test_equals_torch_fidelity_in_any_blocks(neighbours, block, monkeypatch):
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
@@ -103,3 +103,20 @@ def test_too_few_images_are_said(tmp_path):
         PrecisionRecall(table, reference, neighbours=0)
     with pytest.raises(MetricUnavailable, match="no features of single images"):
         PrecisionRecall(table, InceptionReference(fake.FakeInception()))
+
+
+def test_every_two_images_are_compared_once(monkeypatch):
+    compared = []
+    distances = module._squared_distances
+    monkeypatch.setattr(module, "_squared_distances", lambda x, y: compared.append(len(x) * len(y)) or distances(x, y))
+    monkeypatch.setattr(module, "_BLOCK", 10)
+    features, reference = clouds(50, 30)
+    precision_recall(features, reference)
+    within = sum(n * (n + 10) // 2 for n in (50, 30))  # the triangle, and blocks with themselves
+    assert sum(compared) == within + 50 * 30
+
+
+def test_images_that_are_all_alike():
+    same, other = np.full((9, 5), 0.3, np.float32), np.full((7, 5), 0.7, np.float32)
+    assert precision_recall(same, same[:7]) == (1, 1)
+    assert precision_recall(same, other) == (0, 0)

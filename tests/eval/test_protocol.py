@@ -25,6 +25,7 @@ OTHER = {
     "psnr": "dataset",
     "ssim": "uniform-7",
     "precision": "bf16",
+    "other_weights": "vgg16:1234abcd",
     "weights": "raw",
     "seed": 1,
 }

@@ -2,6 +2,7 @@ import base64
 import hashlib
 import io
 import re
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 
@@ -136,7 +137,7 @@ def test_every_number_is_there_with_its_unit(page, results):
                 assert metric_name(metric).title in text and metric_name(metric).number(value) in text
     for words in ("22.35 dB", "99.95 %", "0.2188 bpp", "our_own 0.125"):
         assert words in text
-    assert "12,345,678" in text and "metric/inception 7.5 75.0" in text
+    assert "12,345,678" in text and "inception 7.5 75.0" in text
 
 
 def test_numbers_stand_with_their_images_and_protocol(page, results):
@@ -159,8 +160,42 @@ def test_partial_results_say_so_and_whole_ones_do_not(page, results):
 
 def test_skipped_metrics_are_named_once_per_reason(page):
     text = Page(page).text
-    assert f"LPIPS (AlexNet), LPIPS (VGG) not computed no weights: {EVIL}" in text
-    assert "DISTS not computed images too small" in text and text.count("not computed") == 2
+    assert f"LPIPS (AlexNet), LPIPS (VGG) no weights: {EVIL}" in text
+    assert "DISTS images too small" in text and text.count("Not computed") == 1
+
+
+def test_weights_that_were_not_published_are_announced(results):
+    assert "PUBLISHED" not in Page(report(results)).text
+    results.protocol = replace(results.protocol, other_weights="alexnet:01234567")
+    assert "NOT THE PUBLISHED WEIGHTS judged by alexnet:01234567" in Page(report(results)).text
+
+
+def test_short_stages_stand_together_under_readable_names(results):
+    results.timing = {"metric/rfid": 900.0, "reconstruct/codec": 98.0, "metric/psnr": 1.5, "read": 0.5}
+    text = Page(report(results)).text
+    assert "rFID 900.0 90.0 reconstruct: codecs 98.0 9.8 2 more 2.0 0.2" in text
+
+
+def test_variants_without_a_rate_have_no_column_for_it(results):
+    results.variants.append(VariantResult("pfid/a", "perturbed", {}, None, {"psnr": 12.0}))
+    tables = report(results).split("<h3>")
+    lengths, perturbed = (
+        next(part for part in tables if part.startswith(t)) for t in ("Lengths<", "Perturbed tokens<")
+    )
+    assert "Rate" not in perturbed and "12.00" in perturbed
+    assert any("Rate" in part for part in tables if part.startswith("Lengths<")) and lengths
+
+
+def test_thresholds_that_no_image_reaches_have_no_chart(results):
+    rule = {"rule": "value", "target": 90.0, "unreached": 8, "mean_tokens": 32.0, "mean_value": 21.5}
+    found = {"adaptive": [{**rule, "histogram": [[8, 0], [16, 0]]}]}
+    results.sections = {"adaptive_length": {"psnr": found}}
+    section = report(results).split("Tokens that single images need</h2>")[1].split("</section>")[0]
+    assert "<svg" not in section and "PSNR ≥ 90" in section
+    found["adaptive"][0]["histogram"][0][1] = 1
+    section = report(results).split("Tokens that single images need</h2>")[1].split("</section>")[0]
+    ticks = re.findall(r'<text[^>]*text-anchor="end"[^>]*>([^<]+)</text>', section)
+    assert "1" in ticks and not [tick for tick in ticks if "." in tick]  # there are no parts of images
 
 
 def test_directions_are_shown(page):

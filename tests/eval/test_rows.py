@@ -63,3 +63,27 @@ def test_wrong_shapes_and_a_missing_folder_are_refused(tmp_path):
         rows.append(torch.tensor([0, 1]), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="width"):
         Rows(0)
+
+
+def test_a_file_that_lost_rows_is_named(tmp_path):
+    state = written(tmp_path, "a", [1, 0, 2])
+    path = tmp_path / "a.rows"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"a\.rows should hold 3 rows and is damaged"):
+        merged(tmp_path, state).read()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"a\.rows should hold 3 rows and is damaged"):
+        merged(tmp_path, state).index()
+
+
+def test_what_a_state_counts_is_on_disk(tmp_path, monkeypatch):
+    rows = Rows(3)
+    rows.open(tmp_path, "a")
+    rows.append(torch.tensor([5]), torch.ones(1, 3))
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    state = rows.state_dict()
+    assert len(synced) == 1  # also where the machine loses power
+    rows.append(torch.tensor([6]), torch.ones(1, 3))  # may stay in a buffer
+    assert merged(tmp_path, state).index().tolist() == [5]
+    assert state == {"file": "a.rows", "rows": 1}

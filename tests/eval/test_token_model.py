@@ -234,3 +234,12 @@ def test_what_cannot_be_modelled_says_why():
     for name in ("steps", "pixels", "width"):
         with pytest.raises(ValueError, match=name):
             token_model_probe(draw(50, 8), PLAIN, **{"pixels": 64, name: 0})
+
+
+def test_nobody_elses_random_numbers_change(monkeypatch):
+    tokens = torch.randint(8, (40, 4))
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    token_model_probe(tokens, (Stream("image", 4, (8,), None),), 64, steps=10, width=8, layers=1, heads=1)
+    assert torch.equal(torch.get_rng_state(), before) and not seeded

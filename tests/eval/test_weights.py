@@ -42,3 +42,21 @@ def test_missing_weights_say_where_to_get_them_and_where_to_put_them(tmp_path, k
 def test_published_names_end_in_the_hash_that_is_checked():
     for file in FILES.values():
         assert file.name.endswith(f"-{file.sha256}.pth") and file.address.endswith(file.name)
+
+
+def test_files_of_other_networks_are_found_by_their_name(tmp_path):
+    assert Weights().optional("net") is None and Weights(tmp_path).optional("net") is None
+    for suffix in (".bin", ".pth", ".safetensors"):
+        (tmp_path / f"net{suffix}").write_bytes(b"weights")
+        assert Weights(tmp_path).optional("net") == tmp_path / f"net{suffix}"
+
+
+def test_what_was_not_published_is_named_with_its_hash(tmp_path, known):
+    weights = Weights(tmp_path, check=False)
+    (tmp_path / "net.pth").write_bytes(b"published")
+    weights.find("net")
+    assert weights.unpublished() == ""
+    other = Weights(tmp_path, check=False)
+    (tmp_path / "net.pth").write_bytes(b"another")
+    other.find("net")
+    assert other.unpublished() == f"net:{hashlib.sha256(b'another').hexdigest()[:8]}"

@@ -171,17 +171,19 @@ def test_tensorboard_has_curves_and_grids(finished):
     assert [event.step for event in events.Scalars("train/loss")] == [1, 3, 5]
 
 
-def test_the_printed_commands_work(finished, tmp_path, capsys):
+def test_the_printed_commands_work(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # evaluate does without the networks that it would fetch
     folder, config = finished
     main(["fit", "--config", str(config), "--trainer.default_root_dir", str(tmp_path / "printed")])
     printed = capsys.readouterr().out
     commands = [line.split() for line in printed.splitlines() if line.strip().startswith("vistok ")]
-    assert [command[1] for command in commands] == ["encode", "decode"]
+    assert [command[1] for command in commands] == ["encode", "decode", "evaluate"]
     from vistok.cli.main import main as vistok_main
 
     for command in commands:
         assert vistok_main(command[1:]) == 0
     assert len(list((tmp_path / "printed" / "decoded").glob("*.png"))) == 4
+    assert (tmp_path / "printed" / "evaluation" / "samples" / "report.html").is_file()
 
 
 def test_validation_of_a_checkpoint_gives_the_numbers_of_the_run(finished, tmp_path):

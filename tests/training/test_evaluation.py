@@ -9,6 +9,8 @@ import torch
 
 from vistok.data.demo import DemoPhotographs
 from vistok.data.module import ImageData
+from vistok.data.transforms import EvalTransform
+from vistok.eval.reconstruction import psnr
 from vistok.eval.report.per_image import read_per_image
 from vistok.eval.results import Results
 from vistok.training.evaluation import QuickEvaluation
@@ -78,11 +80,53 @@ def test_every_validation_leaves_a_partial_result_and_logs_its_numbers(tmp_path)
     assert columns["psnr"].mean() == pytest.approx(results.main.metrics["psnr"], abs=1e-4)
 
 
-def test_training_goes_on_as_if_nobody_had_looked(tmp_path):
-    alone, _ = train(tmp_path / "alone")
-    watched, _ = train(tmp_path / "watched", QuickEvaluation(num_images=4, download=False))
+class Modes(pl.Callback):
+    """Whether the tokenizer trains, at every batch."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, module, *_):
+        self.seen.append(module.tokenizer.training)
+
+
+@pytest.mark.parametrize("ema_decay", [0.9, None])
+def test_training_goes_on_as_if_nobody_had_looked(tmp_path, ema_decay):
+    alone, _ = train(tmp_path / "alone", ema_decay=ema_decay)
+    callbacks = QuickEvaluation(num_images=4, download=False), Modes()
+    watched, _ = train(tmp_path / "watched", *callbacks, ema_decay=ema_decay)
+    assert callbacks[1].seen == [True] * 8
     for (name, one), (_, other) in zip(alone.state_dict().items(), watched.state_dict().items(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_the_averaged_weights_are_judged(tmp_path):
+    callback = QuickEvaluation(num_images=10, download=False)
+    module, _ = train(tmp_path, callback, ema_decay=0.9)
+    source, transform = DemoPhotographs(num_samples=10), EvalTransform((16, 16), "center")
+    pixels = torch.stack([transform(source.read(number).image) for number in range(10)])
+    with torch.no_grad():
+        judged, raw = (
+            psnr(tokenizer.decode(tokenizer.encode(pixels / 255)).mul(255).round() / 255, pixels / 255).mean().item()
+            for tokenizer in (module.ema_tokenizer.eval(), module.tokenizer.eval())
+        )
+    assert callback.latest.main.metrics["psnr"] == pytest.approx(judged, abs=5e-5)
+    assert judged != pytest.approx(raw, abs=2e-4)
+    assert callback.latest.partial == "measured during training"
+
+
+def test_what_a_killed_run_left_at_a_step_is_replaced(tmp_path):
+    left = tmp_path / "evaluation" / "step=00000004" / "unfinished" / "parts"
+    left.mkdir(parents=True)
+    (left / "0000-0000.pt").write_bytes(b"half a part")
+    train(tmp_path, QuickEvaluation(num_images=4, download=False))
+    assert Results.load(left.parents[1] / "results.json").evaluated == 4 and not left.parent.exists()
+
+
+def test_what_was_left_out_is_said_once(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        train(tmp_path, QuickEvaluation(num_images=4, download=False))
+    assert caplog.text.count("left out of the evaluation: lpips_alex: no weights") == 1
 
 
 def test_it_can_skip_validations(tmp_path):

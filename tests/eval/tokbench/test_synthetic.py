@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from vistok.eval.metric import MetricUnavailable
 from vistok.eval.tokbench.annotations import Annotations
 from vistok.eval.tokbench.benchmark import run_text
 from vistok.eval.tokbench.buckets import text_buckets
 from vistok.eval.tokbench.journal import pixels_sha256
 from vistok.eval.tokbench.recognizer import make_recognizer
-from vistok.eval.tokbench.synthetic import synthetic_text
+from vistok.eval.tokbench.synthetic import SMALLEST_SIZE, synthetic_text
 
 
 def blur(factor):
@@ -32,6 +33,12 @@ def test_a_seed_gives_the_same_pages_again():
 
 def test_pages_do_not_depend_on_how_many_there_are():
     assert synthetic_text(3).images[:2] == synthetic_text(2).images
+
+
+def test_squares_too_small_for_the_largest_words_are_refused():
+    assert synthetic_text(1, SMALLEST_SIZE).images
+    with pytest.raises(MetricUnavailable, match="at least 64 pixels; got 32"):
+        synthetic_text(1, 32)
 
 
 @pytest.mark.parametrize(("size", "least"), [(96, 6), (256, 40), (512, 80), (1024, 80)])
