@@ -235,7 +235,7 @@ def evaluate_compare(
     """
     from ..data.files import atomic_write
     from ..eval.evaluate import RESULTS
-    from ..eval.report.compare import compare
+    from ..eval.report.compare import ProtocolMismatch, compare
 
     paths = [Path(path) / RESULTS if Path(path).is_dir() else Path(path) for path in results]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -243,7 +243,12 @@ def evaluate_compare(
         raise CommandError(f"no results at {', '.join(missing)}; vistok evaluate writes them")
     chosen = [name.strip() for name in (metrics or "").split(",") if name.strip()]
     with user_errors():
-        comparison = compare(paths, force=force, metrics=chosen)
+        try:
+            comparison = compare(paths, force=force, metrics=chosen)
+        except ProtocolMismatch as error:
+            head, *fields, _ = str(error).splitlines()
+            differences = "; ".join(field.strip() for field in fields)
+            raise CommandError(f"{head} {differences}. Evaluate them in one way, or give --force") from error
     table = getattr(comparison, format)()
     if out is None:
         print(table)

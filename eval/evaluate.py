@@ -257,7 +257,7 @@ def _partial(found: Pass, available: int, missing: Sequence[str], note: str) -> 
     if found.unreadable:
         reasons.append(f"{len(found.unreadable)} of {found.expected} images could not be read")
     if missing:
-        reasons.append(f"{len(missing)} images without a partner")
+        reasons.append(f"{len(missing)} image{'s' if len(missing) > 1 else ''} without a partner")
     return "; ".join(reasons)
 
 

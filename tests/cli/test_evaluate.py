@@ -239,7 +239,7 @@ def test_an_interrupted_evaluation_keeps_what_it_has_and_goes_on(tokenizers, ima
     assert not (out / "unfinished").exists()
 
 
-def test_a_run_that_was_killed_while_it_wrote_goes_on(tokenizers, images, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_while_it_wrote_goes_on(tokenizers, images, tmp_path, capsys):
     def killed(*arguments):
         raise KeyboardInterrupt
 
@@ -249,6 +249,8 @@ def test_a_run_that_was_killed_while_it_wrote_goes_on(tokenizers, images, tmp_pa
     assert (tmp_path / "out" / "report.html").exists() and not (tmp_path / "out" / "results.json").exists()
     assert evaluate(tokenizers, images, tmp_path / "out", "--resume") == 0
     assert Results.load(tmp_path / "out" / "results.json").evaluated == 7
+    assert evaluate(tokenizers, images, tmp_path / "out", "--resume") == 2
+    assert "results.json exists" in failure(capsys)
 
 
 def test_mistakes_do_not_cost_earlier_results(tokenizers, images, tmp_path, capsys):
@@ -360,7 +362,7 @@ def test_reconstructions_that_do_not_fit_are_refused(images, tmp_path, capsys):
     assert "--crop and --size go together" in failure(capsys)
     assert main([*common, "--allow-missing", "--size", "16", "--crop", "adm"]) == 1
     results = Results.load(tmp_path / "out" / "results.json")
-    assert results.partial == "1 images without a partner" and "6: no reconstruction" in results.unreadable[0]
+    assert results.partial == "1 image without a partner" and "6: no reconstruction" in results.unreadable[0]
 
 
 def test_results_of_one_protocol_compare_and_others_do_not(tokenizers, images, tmp_path, capsys):

@@ -149,6 +149,9 @@ def test_an_interrupted_run_goes_on_and_overwriting_begins_anew(tokenizers, word
     assert "tokbench.json exists" in failure(capsys)
     assert tokbench(tokenizers / "other", out, *options, "--overwrite") == 0
     assert calls[4:] == [1, 1, 1] and [path.name for path in out.iterdir()] == ["tokbench.json"]
+    del calls[:]
+    assert tokbench(tokenizers / "titok", out, *options, "--overwrite") == 130
+    assert tokbench(tokenizers / "other", out, *options, "--overwrite") == 0  # also what an interrupted run left
 
 
 def test_overwriting_spares_what_is_not_ours(tokenizers, words, tmp_path):

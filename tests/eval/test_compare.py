@@ -61,6 +61,8 @@ def test_text_fits_a_terminal_whatever_the_names_and_their_number(save):
     assert max(map(len, text.splitlines())) <= 120
     assert text.count("PSNR, dB ↑") == 2 and text.count("33.00 ★") == 1  # two blocks
     assert all(f"[{i}] {name}" in text for i, name in enumerate(names, 1))
+    heads = " ".join(line for line in text.splitlines() if line.startswith(" ")).split()
+    assert heads == [f"[{i}]" for i in range(1, 15)]
     assert all(text.count(f"{20 + i}.00") == 1 for i in range(14))
 
 

@@ -81,11 +81,11 @@ def test_the_table_has_the_values_of_every_image_by_variant(tmp_path):
         ({}, {"num_images": 23}, ""),
         ({}, {"num_images": 10}, "a subset: 10 of 23 images"),
         ({"damaged": (0, 9)}, {}, "2 of 23 images could not be read"),
-        ({}, {"missing": ["x: no partner"]}, "1 images without a partner"),
+        ({}, {"missing": ["x: no partner"]}, "1 image without a partner"),
         (
             {"damaged": (0,)},
             {"num_images": 3, "note": "measured during training", "missing": ["x"]},
-            "measured during training; a subset: 3 of 23 images; 1 of 3 images could not be read; 1 images without a "
+            "measured during training; a subset: 3 of 23 images; 1 of 3 images could not be read; 1 image without a "
             "partner",
         ),
     ],
