@@ -2,12 +2,9 @@
 
 import gc
 import importlib.util
-import re
 import types
-import warnings
 from pathlib import Path
 
-import lpips
 import pytest
 import torch
 import torchmetrics.functional.image.dists as torchmetrics_dists
@@ -47,20 +44,6 @@ def make(request, files):
     return lambda **options: METRICS[request.param](files, **options)
 
 
-def package_lpips(net, file):
-    """The lpips package's own module with the trunk of a file."""
-    with torch.device("meta"), warnings.catch_warnings():  # its random trunk takes seconds
-        warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    heads = torch.load(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", "cpu", weights_only=True)
-    network.load_state_dict(heads, strict=False, assign=True)
-    trunk = torch.load(file, weights_only=True)
-    trunk = {name: trunk[re.sub(r"slice\d", "features", name)] for name in network.net.state_dict()}
-    network.net.load_state_dict(trunk, assign=True)
-    network.scaling_layer = lpips.ScalingLayer()
-    return network.eval()
-
-
 def package_dists(file, monkeypatch):
     """torchmetrics' DISTS in float64 with the trunk of a file."""
     with torch.device("meta"):
@@ -82,7 +65,7 @@ def test_lpips_of_every_image_is_that_of_the_package(net, files):
     images = made.photographs(3, 64, 72)
     worse = made.degraded(images)
     with torch.no_grad():
-        expected = package_lpips(net, files[net])(images / 127.5 - 1, worse / 127.5 - 1).flatten()
+        expected = trunks.package_lpips(net, files[net])(images / 127.5 - 1, worse / 127.5 - 1).flatten()
     ours = values(LPIPS(net, weights=files[net]), images, worse)
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
     assert ours.unique().numel() == 3

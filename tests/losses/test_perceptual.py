@@ -2,12 +2,9 @@
 
 import copy
 import importlib.util
-import re
 import urllib.error
-import warnings
 from pathlib import Path
 
-import lpips
 import pytest
 import torch
 
@@ -32,23 +29,9 @@ def alex(files):
     return lambda **kwargs: LPIPSLoss("alex", trunk_weights=files["alex"], **kwargs)
 
 
-def package_lpips(net, file):
-    """The lpips package's own module with the trunk of a file."""
-    with torch.device("meta"), warnings.catch_warnings():  # its random trunk takes seconds
-        warnings.simplefilter("ignore")
-        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-    heads = torch.load(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", "cpu", weights_only=True)
-    network.load_state_dict(heads, strict=False, assign=True)
-    trunk = torch.load(file, weights_only=True)
-    trunk = {name: trunk[re.sub(r"slice\d", "features", name)] for name in network.net.state_dict()}
-    network.net.load_state_dict(trunk, assign=True)
-    network.scaling_layer = lpips.ScalingLayer()
-    return network.eval()
-
-
 @pytest.mark.parametrize("net", NETS)
 def test_value_and_gradient_are_those_of_the_lpips_package(net, files):
-    loss, reference = LPIPSLoss(net, trunk_weights=files[net]), package_lpips(net, files[net])
+    loss, reference = LPIPSLoss(net, trunk_weights=files[net]), trunks.package_lpips(net, files[net])
     images = trunks.photograph(64).expand(2, -1, -1, -1)
     versions = torch.cat([trunks.distorted(images[:1])[i] for i in (6, 8)])
     ours, theirs = versions.clone().requires_grad_(), versions.clone().requires_grad_()

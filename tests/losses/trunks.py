@@ -1,7 +1,11 @@
 """Small weights files of random trunks, and distorted photographs to measure with them."""
 
 import io
+import re
+import warnings
+from pathlib import Path
 
+import lpips
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,20 @@ def write_weights(name, folder):
     path = folder / FILES[name]
     torch.save(weights, path)
     return path
+
+
+def package_lpips(net, file):
+    """The lpips package's own module with the trunk of a file."""
+    with torch.device("meta"), warnings.catch_warnings():  # its random trunk takes seconds
+        warnings.simplefilter("ignore")
+        network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    heads = torch.load(Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth", "cpu", weights_only=True)
+    network.load_state_dict(heads, strict=False, assign=True)
+    trunk = torch.load(file, weights_only=True)
+    trunk = {name: trunk[re.sub(r"slice\d", "features", name)] for name in network.net.state_dict()}
+    network.net.load_state_dict(trunk, assign=True)
+    network.scaling_layer = lpips.ScalingLayer()
+    return network.eval()
 
 
 def photograph(size):
